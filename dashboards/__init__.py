@@ -1,0 +1,1 @@
+"""Queries over finished studies, figures, the static report and the web app."""

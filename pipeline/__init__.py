@@ -1,0 +1,1 @@
+"""Data, model, stages (prepare, pretrain, finetune, benchmark, collect) and the result store."""
