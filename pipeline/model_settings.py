@@ -1,0 +1,83 @@
+"""Config of the encoder and of its feedforward layer; torch-free, so that planning a sweep stays quick."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fffsweep.kernels.shape import TreeShape
+from fffsweep.pipeline.settings import Count, Number, Settings
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "leaky_relu", "identity"]
+
+
+class FeedForward(Settings):
+    """The feedforward layer, one field for every variant and control.
+
+    variant: `dense` (`trees` neurons, depth 0), `fff` (2311.10770: every node emits), `none` (no feedforward layer),
+    `random_routing` (an fff whose path is a hash of token id, layer, tree and `routing_seed`, in training and at inference).
+    An `fff` of depth 0 is a dense layer and becomes one, so that equal models are equal configs.
+    """
+
+    variant: Literal["dense", "fff", "none", "random_routing"]
+    trees: Count = Field(default=1, ge=1)
+    depth: Count = Field(default=0, ge=0)
+    activation: Activation = "gelu"
+    input_bias: bool = True
+    execution: Literal["masked", "cmm"] = "cmm"
+    routing_gradient: Literal["none", "straight_through"] = "none"
+    load_balancing: Number = Field(default=0.0, ge=0)
+    routing_seed: Count = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("variant") in ("fff", "random_routing") and int(values.get("depth", 0)) == 0:
+            values["variant"] = "dense"
+        if values.get("variant") in ("dense", "none"):
+            for name in ("execution", "routing_gradient", "load_balancing"):
+                values.pop(name, None)
+        if values.get("variant") == "none":
+            values = {"variant": "none"}
+        if values.get("variant") != "random_routing":
+            values.pop("routing_seed", None)
+        return values
+
+    @model_validator(mode="after")
+    def _shape_exists(self) -> FeedForward:
+        if self.variant == "dense" and self.depth:
+            raise ValueError(f"variant dense with depth={self.depth}: a dense layer has depth 0; use variant fff for a tree")
+        TreeShape(self.trees, self.depth)
+        return self
+
+    @property
+    def shape(self) -> TreeShape | None:
+        """Trees and depth; a dense layer is depth 0; None without a feedforward layer."""
+        return None if self.variant == "none" else TreeShape(self.trees, self.depth)
+
+
+class ModelSettings(Settings):
+    """The crammed-BERT encoder: pre-norm, no biases in attention, scaled sinusoidal positions, tied decoder.
+
+    Source: Geiping & Goldstein 2022, arXiv 2212.14034. The vocabulary comes from the prepared data.
+    """
+
+    hidden_size: Count = Field(default=768, ge=1)
+    num_layers: Count = Field(default=16, ge=1)
+    num_heads: Count = Field(default=12, ge=1)
+    sequence_length: Count = Field(default=128, ge=8)
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    feedforward: FeedForward
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSettings:
+        if self.hidden_size % self.num_heads:
+            divisors = [n for n in range(1, min(self.hidden_size, 64) + 1) if self.hidden_size % n == 0]
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with num_heads={self.num_heads}: heads must divide hidden_size; possible: {', '.join(map(str, divisors))}"
+            )
+        return self

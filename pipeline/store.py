@@ -1,0 +1,169 @@
+"""Result store: content-addressed artifacts and one manifest for each finished stage run.
+
+`objects/<aa>/<sha256>` holds the bytes of an artifact, once; `manifests/<aa>/<key>.json` says which artifacts and metrics a key
+has. A manifest appears whole or not at all, after all of its objects, and is never changed: whoever sees it may rely on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fffsweep.pipeline.stage import Metrics, StageRun
+
+SCHEMA = "fffsweep.manifest/1"
+
+
+class DamagedArtifact(RuntimeError):
+    """An artifact's bytes are missing or differ from its checksum."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of a result."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one finished stage run left: everything that determined it, what it measured, and where it ran."""
+
+    key: str
+    run: StageRun
+    metrics: Metrics
+    artifacts: dict[str, Artifact]
+    provenance: dict[str, Any]
+    started_at: float
+    duration_s: float
+    schema: str = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Manifest:
+        """Raises ValueError if the schema is of another version."""
+        if value.get("schema") != SCHEMA:
+            raise ValueError(
+                f"manifest schema {value.get('schema')!r}: expected {SCHEMA!r}; written by another version of fffsweep, use that one or a new results folder"
+            )
+        artifacts = {name: Artifact(**entry) for name, entry in value["artifacts"].items()}
+        return Manifest(**{**value, "run": StageRun(**value["run"]), "artifacts": artifacts})
+
+
+class Store:
+    """A results folder's store. Any number of processes may read and publish at once; nothing is ever overwritten."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def manifest_path(self, key: str) -> Path:
+        return self.root / "manifests" / key[:2] / f"{key}.json"
+
+    def object_path(self, sha256: str) -> Path:
+        return self.root / "objects" / sha256[:2] / sha256
+
+    def work_path(self, key: str) -> Path:
+        """Folder of an unfinished run; it outlives a killed attempt."""
+        return self.root / "work" / key
+
+    def has(self, key: str) -> bool:
+        return self.manifest_path(key).exists()
+
+    def get(self, key: str) -> Manifest:
+        """Manifest of a finished run. Raises KeyError if `key` has none."""
+        try:
+            text = self.manifest_path(key).read_text()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        return Manifest.from_json(json.loads(text))
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all finished runs."""
+        for path in sorted((self.root / "manifests").glob("*/*.json")):
+            yield path.stem
+
+    def read(self, manifest: Manifest, name: str) -> Path:
+        """Path of an artifact's bytes, checksum verified. Raises DamagedArtifact."""
+        artifact = manifest.artifacts[name]
+        path = self.object_path(artifact.sha256)
+        if not path.exists() or _sha256(path) != artifact.sha256:
+            raise DamagedArtifact(
+                f"artifact {name!r} of {manifest.run.stage} {manifest.key}: {'damaged' if path.exists() else 'missing'} at {path}"
+            )
+        return path
+
+    def checkout(self, key: str, folder: Path) -> Path:
+        """Give the artifacts of `key` their names again, as links below `folder`, checksums verified. Raises DamagedArtifact."""
+        manifest = self.get(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in manifest.artifacts:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            target.symlink_to(self.read(manifest, name).resolve())
+        return folder
+
+    def publish(
+        self, run: StageRun, metrics: Metrics, output: Path, provenance: dict[str, Any], started_at: float, duration_s: float
+    ) -> Manifest:
+        """Store every file below `output`, then the manifest. If the key is already there, that manifest stands and is returned."""
+        artifacts: dict[str, Artifact] = {}
+        for path in sorted(p for p in output.rglob("*") if p.is_file()):
+            artifacts[path.relative_to(output).as_posix()] = self._put_object(path)
+        manifest = Manifest(run.key, run, metrics, artifacts, provenance, started_at, duration_s)
+        target = self.manifest_path(run.key)
+        _write_new(target, json.dumps(manifest.to_json(), indent=1, sort_keys=True, allow_nan=False).encode())
+        return self.get(run.key)
+
+    def forget(self, key: str) -> None:
+        """Withdraw the manifest of a result whose artifacts are damaged, so that it is made again."""
+        self.manifest_path(key).unlink(missing_ok=True)
+
+    def _put_object(self, source: Path) -> Artifact:
+        sha256, num_bytes = _sha256(source), source.stat().st_size
+        target = self.object_path(sha256)
+        if not (target.exists() and target.stat().st_size == num_bytes and _sha256(target) == sha256):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{sha256}.{uuid.uuid4().hex}")
+            shutil.copyfile(source, aside)
+            _sync(aside)
+            aside.replace(target)
+            _sync(target.parent)
+        return Artifact(sha256, num_bytes)
+
+
+def _write_new(target: Path, data: bytes) -> None:
+    """Create `target` whole, or leave the one that is there: a hard link fails where a rename would overwrite."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    aside.write_bytes(data)
+    _sync(aside)
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, target)
+    aside.unlink()
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
