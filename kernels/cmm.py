@@ -1,0 +1,55 @@
+"""The public entry: conditional matrix multiplication (CMM), the feedforward layer of which each token uses one path a tree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fffsweep.kernels import library, torch_forms
+from fffsweep.kernels.activations import ACTIVATIONS
+from fffsweep.kernels.layer import LayerWeights, check_call
+from fffsweep.kernels.shape import TreeShape
+
+
+def cmm(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    shape: TreeShape,
+    activation: str = "gelu",
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Feedforward output of each token along its own path: the sum over its nodes n of act(x . w_in[n] + b_in[n]) w_out[n].
+
+    Shapes: x [..., hidden]; w_in, w_out [trees, nodes, hidden]; b_in [trees, nodes] or None -> as x.
+    Dtypes: all alike, or float32 x with bfloat16 weights; native kernels take float32 and bfloat16 and accumulate in float32.
+    Gradients are those of the hard-routed layer, none through the decisions; a NaN logit goes left and makes the output NaN.
+    `implementation` forces an entry of `fffsweep.kernels.registry`; by default `choose` takes one. Thread-safe.
+    Raises ValueError that names the argument that does not fit.
+    Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
+    """
+    check_call(x, w_in, b_in, w_out, shape, activation)
+    name = implementation or choose(x, w_in, shape)
+    if name == "native":
+        y: Tensor = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
+        return y
+    if name == "masked":
+        return torch_forms.masked(x, w_in, b_in, w_out, shape, activation)
+    if name == "gather":
+        return torch_forms.gather(x, w_in, b_in, w_out, shape, activation)
+    from fffsweep.kernels import registry
+
+    return registry.find(name).prepare(LayerWeights(w_in, b_in, w_out, shape, activation))(x)
+
+
+def choose(x: Tensor, w_in: Tensor, shape: TreeShape) -> str:
+    """Name of the implementation that `cmm` takes: by device, dtype and depth. Warns once where native kernels are missing."""
+    if shape.depth == 0:
+        return "masked"  # a dense layer: its matrix product is the fastest form
+    if x.device.type == "cpu" and w_in.dtype in library.NATIVE_DTYPES and x.dtype in library.NATIVE_DTYPES:
+        if library.why_missing() is None:
+            return "native"
+        library.warn_if_missing()
+    return "gather"

@@ -1,0 +1,50 @@
+"""The native library, compiled by setup.py: loaded once, and if it cannot be, the reason is kept and told once."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+ISA_NAMES = ("generic", "avx2", "avx512", "avx512_bf16")  # their codes in native/cmm.h
+NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """Load the library; None if its operators are there, else the reason why not."""
+    path = Path(__file__).with_name("_native.so")
+    if not path.exists():
+        return f"{path} does not exist: pip install --no-build-isolation . with a C++20 compiler builds it"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} does not load ({error}): rebuild it with the torch that is installed, pip install --no-build-isolation ."
+    return None
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Warn, once in a process, that CMM on the CPU runs in its portable form."""
+    reason = why_missing()
+    if reason:
+        warnings.warn(f"native CMM kernels are missing, the portable implementation 'gather' runs in their place: {reason}", stacklevel=3)
+
+
+@functools.cache
+def missing_isa(name: str) -> str | None:
+    """None if kernels of instruction set `name` can run here, else the reason why not."""
+    reason = why_missing()
+    if reason is None and not torch.ops.fffsweep.has_isa(ISA_NAMES.index(name)):
+        reason = f"this processor or this build has no {name}"
+    return reason
+
+
+def best_isa() -> str:
+    """Name of the instruction set that the native kernels choose here. Raises RuntimeError where they are missing."""
+    reason = why_missing()
+    if reason:
+        raise RuntimeError(reason)
+    return ISA_NAMES[torch.ops.fffsweep.best_isa()]

@@ -1,0 +1,211 @@
+// Operators over the C ABI: fffsweep::cmm (inference), cmm_train (keeps logits and leaves) and cmm_backward, with shapes for
+// tracing and with autograd. Arguments are checked here for memory safety; fffsweep.kernels.cmm gives the friendly messages.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "cmm.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Scratch that grows and stays with its thread, so that a call allocates nothing but its output.
+void* scratch_of(size_t bytes) {
+  thread_local struct Scratch {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+  } scratch;
+  if (bytes > scratch.size) {
+    free(scratch.memory);
+    scratch.size = (bytes + 4095) / 4096 * 4096;
+    scratch.memory = aligned_alloc(4096, scratch.size);
+    TORCH_CHECK(scratch.memory, "cmm: out of memory for ", scratch.size, " bytes of scratch");
+  }
+  return scratch.memory;
+}
+
+void run_parallel(int64_t tasks, cmm_task task, void* context) {
+  if (tasks == 1) return task(context, 0);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(context, i);
+  });
+}
+
+int32_t threads_now() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+int32_t dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16 ? CMM_BF16 : CMM_F32; }
+
+void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && w_in.dim() == 3, "cmm: expected x [..., hidden] and w_in [trees, nodes, hidden]");
+  TORCH_CHECK_VALUE(levels >= 1 && levels <= 31 && w_in.size(1) == (int64_t(1) << levels) - 1, "cmm: w_in has ", w_in.size(1),
+                    " nodes a tree, expected 2**levels - 1 for ", levels, " levels");
+  TORCH_CHECK_VALUE(x.size(-1) == w_in.size(2), "cmm: x has hidden size ", x.size(-1), ", expected ", w_in.size(2), " as w_in");
+  TORCH_CHECK_VALUE(w_out.sizes() == w_in.sizes(), "cmm: w_out has shape ", w_out.sizes(), ", expected ", w_in.sizes());
+  TORCH_CHECK_VALUE(x.is_cpu() && w_in.is_cpu() && w_out.is_cpu(), "cmm: expected tensors on the CPU");
+  auto w = w_in.scalar_type();
+  TORCH_CHECK_VALUE((w == at::kFloat || w == at::kBFloat16) && w_out.scalar_type() == w, "cmm: expected float32 or bfloat16 weights");
+  TORCH_CHECK_VALUE(x.scalar_type() == w || x.scalar_type() == at::kFloat, "cmm: x is ", x.scalar_type(), ", expected ", w);
+  if (b_in)
+    TORCH_CHECK_VALUE(b_in->dim() == 2 && b_in->size(0) == w_in.size(0) && b_in->size(1) == w_in.size(1) && b_in->scalar_type() == w &&
+                          b_in->is_cpu(),
+                      "cmm: expected b_in [trees, nodes] of the dtype and device of w_in");
+}
+
+const cmm_kernels* kernels_of(int64_t isa) {
+  static const int32_t best = cmm_best_isa();
+  const cmm_kernels* kernels = cmm_kernels_of(isa < 0 ? best : (int32_t)isa);
+  TORCH_CHECK_VALUE(kernels, "cmm: this processor or this build has no instruction set ", isa);
+  return kernels;
+}
+
+cmm_layer layer_of(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
+                   int64_t activation) {
+  return {w_in.const_data_ptr(), b_in ? b_in->const_data_ptr() : nullptr, w_out.const_data_ptr(), w_in.size(2), w_in.size(1),
+          (int32_t)w_in.size(0), (int32_t)levels, (int32_t)activation, dtype_of(w_in), dtype_of(x)};
+}
+
+// Hidden size 0 and no tokens leave nothing to do.
+void forward_into(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
+                  int64_t activation, int64_t isa, const Tensor& y, float* logits, int32_t* leaves) {
+  if (x.numel() == 0) return;
+  auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous();
+  OptionalTensor bias = b_in ? OptionalTensor(b_in->contiguous()) : b_in;
+  cmm_forward_call call{layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), y.mutable_data_ptr(),
+                        x.numel() / x.size(-1), logits, leaves, nullptr, threads_now(), run_parallel};
+  const cmm_kernels* kernels = kernels_of(isa);
+  call.scratch = scratch_of(kernels->forward_scratch(&call));
+  kernels->forward(&call);
+}
+
+Tensor cmm(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels, int64_t activation,
+           int64_t isa) {
+  check(x, w_in, b_in, w_out, levels);
+  Tensor y = at::empty(x.sizes(), x.options());
+  forward_into(x, w_in, b_in, w_out, levels, activation, isa, y, nullptr, nullptr);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cmm_train(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out,
+                                             int64_t levels, int64_t activation, int64_t isa) {
+  check(x, w_in, b_in, w_out, levels);
+  const int64_t tokens = x.size(-1) ? x.numel() / x.size(-1) : 0, trees = w_in.size(0);
+  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor logits = at::empty({tokens, trees, levels}, x.options().dtype(at::kFloat));
+  Tensor leaves = at::empty({tokens, trees}, x.options().dtype(at::kInt));
+  forward_into(x, w_in, b_in, w_out, levels, activation, isa, y, logits.mutable_data_ptr<float>(), leaves.mutable_data_ptr<int32_t>());
+  return {y, logits, leaves};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& w_in,
+                                                        const OptionalTensor& b_in, const Tensor& w_out, const Tensor& logits,
+                                                        const Tensor& leaves, int64_t levels, int64_t activation, int64_t isa) {
+  check(x, w_in, b_in, w_out, levels);
+  const int64_t tokens = x.size(-1) ? x.numel() / x.size(-1) : 0, trees = w_in.size(0);
+  TORCH_CHECK_VALUE(grad_y.sizes() == x.sizes() && grad_y.scalar_type() == x.scalar_type() && grad_y.is_cpu(),
+                    "cmm_backward: expected grad_y like x");
+  TORCH_CHECK_VALUE(logits.sizes() == at::IntArrayRef({tokens, trees, levels}) && logits.scalar_type() == at::kFloat &&
+                        leaves.sizes() == at::IntArrayRef({tokens, trees}) && leaves.scalar_type() == at::kInt,
+                    "cmm_backward: expected logits and leaves of cmm_train");
+  auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous(), grad = grad_y.expect_contiguous();
+  auto kept = logits.expect_contiguous(), last = leaves.expect_contiguous();
+  auto wide = w_in.options().dtype(at::kFloat);
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  Tensor grad_in = at::zeros(w_in.sizes(), wide), grad_out = at::zeros(w_in.sizes(), wide);
+  Tensor grad_bias = b_in ? at::zeros(b_in->sizes(), wide) : at::empty({0}, wide);
+  if (x.numel()) {
+    cmm_backward_call call{layer_of(*rows, *in, b_in, *out, levels, activation), rows->const_data_ptr(), grad->const_data_ptr(),
+                           kept->const_data_ptr<float>(), last->const_data_ptr<int32_t>(), tokens, grad_x.mutable_data_ptr(),
+                           grad_in.mutable_data_ptr<float>(), b_in ? grad_bias.mutable_data_ptr<float>() : nullptr,
+                           grad_out.mutable_data_ptr<float>(), nullptr, threads_now(), run_parallel};
+    const cmm_kernels* kernels = kernels_of(isa);
+    call.scratch = scratch_of(kernels->backward_scratch(&call));
+    kernels->backward(&call);
+  }
+  auto w = w_in.scalar_type();
+  return {grad_x, grad_in.to(w), grad_bias.to(w), grad_out.to(w)};
+}
+
+Tensor cmm_shape(const Tensor& x, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, int64_t, int64_t) {
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+std::tuple<Tensor, Tensor, Tensor> cmm_train_shape(const Tensor& x, const Tensor& w_in, const OptionalTensor&, const Tensor&,
+                                                   int64_t levels, int64_t, int64_t) {
+  auto tokens = x.sym_numel() / x.sym_size(-1);
+  auto trees = w_in.sym_size(0);
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({tokens, trees, levels}, x.options().dtype(at::kFloat)),
+          at::empty_symint({tokens, trees}, x.options().dtype(at::kInt))};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_shape(const Tensor&, const Tensor& x, const Tensor& w_in,
+                                                              const OptionalTensor& b_in, const Tensor&, const Tensor&, const Tensor&,
+                                                              int64_t, int64_t, int64_t) {
+  Tensor bias = b_in ? at::empty_symint(b_in->sym_sizes(), w_in.options()) : at::empty({0}, w_in.options());
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(w_in.sym_sizes(), w_in.options()), bias,
+          at::empty_symint(w_in.sym_sizes(), w_in.options())};
+}
+
+c10::OperatorHandle operator_named(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+class CmmFunction : public torch::autograd::Function<CmmFunction> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
+                        const Tensor& w_out, int64_t levels, int64_t activation, int64_t isa) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static auto op = operator_named("fffsweep::cmm_train").typed<decltype(cmm_train)>();
+    auto [y, logits, leaves] = op.call(x, w_in, b_in, w_out, levels, activation, isa);
+    context->save_for_backward({x, w_in, b_in.value_or(Tensor()), w_out, logits, leaves});
+    context->saved_data["integers"] = std::vector<int64_t>{levels, activation, isa};
+    return y;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context, torch::autograd::variable_list grads) {
+    static auto op = operator_named("fffsweep::cmm_backward").typed<decltype(cmm_backward)>();
+    auto saved = context->get_saved_variables();
+    auto integers = context->saved_data["integers"].toIntVector();
+    OptionalTensor b_in = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    auto [x, w_in, bias, w_out] =
+        op.call(grads[0], saved[0], saved[1], b_in, saved[3], saved[4], saved[5], integers[0], integers[1], integers[2]);
+    return {x, w_in, b_in ? bias : Tensor(), w_out, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor cmm_autograd(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
+                    int64_t activation, int64_t isa) {
+  bool wanted = at::GradMode::is_enabled() &&
+                (x.requires_grad() || w_in.requires_grad() || w_out.requires_grad() || (b_in && b_in->requires_grad()));
+  if (wanted) return CmmFunction::apply(x, w_in, b_in, w_out, levels, activation, isa);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  static auto op = operator_named("fffsweep::cmm").typed<decltype(cmm)>();
+  return op.call(x, w_in, b_in, w_out, levels, activation, isa);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fffsweep, m) {
+  m.def("cmm(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, int levels, int activation, int isa=-1) -> Tensor");
+  m.def("cmm_train(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, int levels, int activation, int isa=-1) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cmm_backward(Tensor grad_y, Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor logits, Tensor leaves, int levels, "
+      "int activation, int isa=-1) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("best_isa() -> int", [] { return (int64_t)cmm_best_isa(); });
+  m.def("has_isa(int isa) -> bool", [](int64_t isa) { return cmm_kernels_of((int32_t)isa) != nullptr; });
+}
+
+TORCH_LIBRARY_IMPL(fffsweep, CPU, m) {
+  m.impl("cmm", cmm);
+  m.impl("cmm_train", cmm_train);
+  m.impl("cmm_backward", cmm_backward);
+}
+
+TORCH_LIBRARY_IMPL(fffsweep, Meta, m) {
+  m.impl("cmm", cmm_shape);
+  m.impl("cmm_train", cmm_train_shape);
+  m.impl("cmm_backward", cmm_backward_shape);
+}
+
+TORCH_LIBRARY_IMPL(fffsweep, Autograd, m) { m.impl("cmm", cmm_autograd); }

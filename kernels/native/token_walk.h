@@ -1,0 +1,124 @@
+// Forward and backward pass one token at a time: the right form for a few tokens, and the plain one to read.
+#pragma once
+#include "activation.h"
+#include "cmm.h"
+
+namespace CMM_ISA {
+
+CMM_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class X, class W>
+CMM_INLINE float dot(const typename X::type* x, const typename W::type* w, int64_t hidden) {
+  // FMA latency is 4 cycles at one or two a cycle: four to eight sums in flight
+  vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= hidden; i += 4 * kLanes) {
+    s0 += X::load(x + i) * W::load(w + i);
+    s1 += X::load(x + i + kLanes) * W::load(w + i + kLanes);
+    s2 += X::load(x + i + 2 * kLanes) * W::load(w + i + 2 * kLanes);
+    s3 += X::load(x + i + 3 * kLanes) * W::load(w + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= hidden; i += kLanes) s0 += X::load(x + i) * W::load(w + i);
+  if (i < hidden) s1 += X::load_part(x + i, (int)(hidden - i)) * W::load_part(w + i, (int)(hidden - i));
+  return sum((s0 + s1) + (s2 + s3));
+}
+
+// out[0, hidden) = sum of coefficient[k] * rows[k], in registers of `kBlock` vectors a pass.
+template <class Y, class W>
+CMM_INLINE void combine_rows(const float* coefficient, const typename W::type* const* rows, int64_t count, typename Y::type* out,
+                             int64_t hidden) {
+  constexpr int kBlock = 8;
+  int64_t i = 0;
+  for (; i + kBlock * kLanes <= hidden; i += kBlock * kLanes) {
+    vf total[kBlock] = {};
+    for (int64_t k = 0; k < count; ++k)
+      for (int j = 0; j < kBlock; ++j) total[j] += coefficient[k] * W::load(rows[k] + i + j * kLanes);
+    for (int j = 0; j < kBlock; ++j) Y::store(out + i + j * kLanes, total[j]);
+  }
+  for (; i < hidden; i += kLanes) {
+    int n = (int)(hidden - i < kLanes ? hidden - i : kLanes);
+    vf total = zero();
+    for (int64_t k = 0; k < count; ++k) total += coefficient[k] * W::load_part(rows[k] + i, n);
+    Y::store_part(out + i, total, n);
+  }
+}
+
+// Buffers of one thread: logits and activations of one token, and the addresses of its rows.
+template <class W>
+struct TokenBuffers {
+  float *logits, *hidden, *slope;
+  const typename W::type** rows;
+  static size_t bytes(const cmm_layer& layer) {
+    int64_t active = round_up((int64_t)layer.trees * layer.levels, 16);
+    return (size_t)active * (3 * sizeof(float) + sizeof(void*));
+  }
+  TokenBuffers(const cmm_layer& layer, void* memory) {
+    int64_t active = round_up((int64_t)layer.trees * layer.levels, 16);
+    rows = (const typename W::type**)memory;
+    logits = (float*)(rows + active);
+    hidden = logits + active;
+    slope = hidden + active;
+    for (int64_t i = 0; i < active; ++i) logits[i] = 0;
+  }
+};
+
+template <class X, class W>
+void forward_token(const cmm_forward_call* call, int64_t token, const TokenBuffers<W>& buffers) {
+  const cmm_layer& layer = call->layer;
+  const int64_t hidden = layer.hidden, active = (int64_t)layer.trees * layer.levels;
+  const auto* x = (const typename X::type*)call->x + token * hidden;
+  for (int32_t tree = 0, at = 0; tree < layer.trees; ++tree) {
+    const auto* w_in = (const typename W::type*)layer.w_in + (int64_t)tree * layer.nodes * hidden;
+    const auto* w_out = (const typename W::type*)layer.w_out + (int64_t)tree * layer.nodes * hidden;
+    const auto* b_in = layer.b_in ? (const typename W::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr;
+    int64_t node = 0;
+    for (int32_t level = 0; level < layer.levels; ++level, ++at) {
+      float logit = dot<X, W>(x, w_in + node * hidden, hidden) + (b_in ? W::scalar(b_in[node]) : 0.0f);
+      buffers.logits[at] = logit;
+      buffers.rows[at] = w_out + node * hidden;
+      if (level + 1 == layer.levels && call->leaves) call->leaves[token * layer.trees + tree] = (int32_t)node;
+      node = 2 * node + 1 + (logit > 0.0f);
+    }
+  }
+  if (call->logits) memcpy(call->logits + token * active, buffers.logits, active * sizeof(float));
+  activate(layer.activation, buffers.logits, buffers.hidden, nullptr, active);
+  combine_rows<X, W>(buffers.hidden, buffers.rows, active, (typename X::type*)call->y + token * hidden, hidden);
+}
+
+// out += a * row
+template <class W>
+CMM_INLINE void add_scaled(float* out, float a, const typename W::type* row, int64_t hidden) {
+  int64_t i = 0;
+  for (; i + kLanes <= hidden; i += kLanes) F32::store(out + i, F32::load(out + i) + a * W::load(row + i));
+  if (i < hidden) {
+    int n = (int)(hidden - i);
+    F32::store_part(out + i, F32::load_part(out + i, n) + a * W::load_part(row + i, n), n);
+  }
+}
+
+template <class X, class W>
+void backward_token(const cmm_backward_call* call, int64_t token, const TokenBuffers<W>& buffers) {
+  const cmm_layer& layer = call->layer;
+  const int64_t hidden = layer.hidden, active = (int64_t)layer.trees * layer.levels;
+  const auto* x = (const typename X::type*)call->x + token * hidden;
+  const auto* grad_y = (const typename X::type*)call->grad_y + token * hidden;
+  memcpy(buffers.logits, call->logits + token * active, active * sizeof(float));
+  activate(layer.activation, buffers.logits, buffers.hidden, buffers.slope, active);
+  for (int32_t tree = 0; tree < layer.trees; ++tree) {
+    const int64_t first = (int64_t)tree * layer.nodes;
+    int64_t node = call->leaves[token * layer.trees + tree];
+    for (int32_t level = layer.levels - 1; level >= 0; --level, node = (node - 1) / 2) {
+      const int64_t row = first + node, at = (int64_t)tree * layer.levels + level;
+      const auto* w_out = (const typename W::type*)layer.w_out + row * hidden;
+      float grad_logit = dot<X, W>(grad_y, w_out, hidden) * buffers.slope[at];
+      buffers.rows[at] = (const typename W::type*)layer.w_in + row * hidden;
+      buffers.logits[at] = grad_logit;
+      add_scaled<X>(call->grad_w_in + row * hidden, grad_logit, x, hidden);
+      add_scaled<X>(call->grad_w_out + row * hidden, buffers.hidden[at], grad_y, hidden);
+      if (call->grad_b_in) call->grad_b_in[row] += grad_logit;
+    }
+  }
+  combine_rows<X, W>(buffers.logits, buffers.rows, active, (typename X::type*)call->grad_x + token * hidden, hidden);
+}
+
+}  // namespace CMM_ISA

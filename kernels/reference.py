@@ -1,0 +1,107 @@
+"""CMM in float64, one token and one tree at a time over the visited rows: slow, obvious, and what everything else is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fffsweep.kernels.activations import activation_of
+from fffsweep.kernels.layer import LayerWeights
+from fffsweep.kernels.shape import child
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Outputs y [tokens, hidden], paths and logits [tokens, trees, levels], and the sums of absolute terms that bound rounding.
+
+    `logit_terms` [tokens, trees, levels] sums |x||w_in| + |b_in|; `y_terms` [tokens, hidden] sums |act||w_out|;
+    `y_logit_terms` sums logit_terms |w_out|.
+    """
+
+    y: Array
+    paths: npt.NDArray[np.int64]
+    logits: Array
+    logit_terms: Array
+    y_terms: Array
+    y_logit_terms: Array
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the inputs; b_in is None where the layer has none. Or, from `gradient_terms`, bounds of the same shapes."""
+
+    x: Array
+    w_in: Array
+    b_in: Array | None
+    w_out: Array
+
+
+def _float64(tensor: Tensor) -> Array:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def forward(layer: LayerWeights, x: Tensor, paths: Tensor | None = None) -> Forward:
+    """Walk every token of x [tokens, hidden] down its own path, or along `paths` [tokens, trees, levels]."""
+    shape, act = layer.shape, activation_of(layer.activation).apply
+    tokens, w_in, w_out = _float64(x), _float64(layer.w_in), _float64(layer.w_out)
+    b_in = np.zeros(w_in.shape[:2]) if layer.b_in is None else _float64(layer.b_in)
+    visited = np.zeros((len(tokens), shape.trees, shape.levels), dtype=np.int64)
+    logits, logit_terms = np.zeros(visited.shape), np.zeros(visited.shape)
+    y, y_terms, y_logit_terms = np.zeros_like(tokens), np.zeros_like(tokens), np.zeros_like(tokens)
+    for token, row in enumerate(tokens):
+        for tree in range(shape.trees):
+            node = 0
+            for level in range(shape.levels):
+                if paths is not None:
+                    node = int(paths[token, tree, level])
+                logit = row @ w_in[tree, node] + b_in[tree, node]
+                visited[token, tree, level], logits[token, tree, level] = node, logit
+                logit_terms[token, tree, level] = np.abs(row) @ np.abs(w_in[tree, node]) + abs(b_in[tree, node])
+                node = child(node, logit)
+            hidden = act(torch.from_numpy(logits[token, tree])).numpy()
+            rows = w_out[tree, visited[token, tree]]
+            y[token] += hidden @ rows
+            y_terms[token] += np.abs(hidden) @ np.abs(rows)
+            y_logit_terms[token] += logit_terms[token, tree] @ np.abs(rows)
+    return Forward(y, visited, logits, logit_terms, y_terms, y_logit_terms)
+
+
+def backward(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> Gradients:
+    """Gradients of the hard-routed layer for grad_y [tokens, hidden]: along the paths of `done`, none through the decisions."""
+    activation = activation_of(layer.activation)
+    logits = torch.from_numpy(done.logits)
+    hidden, slope = activation.apply(logits).numpy(), activation.slope(logits).numpy()
+    arrays = (_float64(layer.w_in), _float64(layer.w_out), _float64(x), _float64(grad_y))
+    return _scatter(*arrays, done.paths, hidden, slope, layer.b_in is not None)
+
+
+def gradient_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> Gradients:
+    """Sums of absolute terms for each gradient: reduction length x epsilon x these bounds the rounding of any order of summation."""
+    hidden = np.abs(activation_of(layer.activation).apply(torch.from_numpy(done.logits)).numpy()) + done.logit_terms
+    # slopes stay below 1.13 for every activation of the table, and change by less than one for each unit of the logit
+    slope = 1.13 + done.logit_terms
+    arrays = (np.abs(_float64(each)) for each in (layer.w_in, layer.w_out, x, grad_y))
+    return _scatter(*arrays, done.paths, hidden, slope, layer.b_in is not None)
+
+
+def _scatter(
+    w_in: Array, w_out: Array, x: Array, grad_y: Array, paths: npt.NDArray[np.int64], hidden: Array, slope: Array, bias: bool
+) -> Gradients:
+    found = Gradients(np.zeros_like(x), np.zeros_like(w_in), np.zeros(w_in.shape[:2]) if bias else None, np.zeros_like(w_out))
+    for token in range(len(x)):
+        for tree in range(w_in.shape[0]):
+            path = paths[token, tree]
+            grad_logits = (w_out[tree, path] @ grad_y[token]) * slope[token, tree]
+            found.x[token] += grad_logits @ w_in[tree, path]
+            # a path never visits a node twice, so fancy in-place addition drops nothing
+            found.w_in[tree, path] += np.outer(grad_logits, x[token])
+            found.w_out[tree, path] += np.outer(hidden[token, tree], grad_y[token])
+            if found.b_in is not None:
+                found.b_in[tree, path] += grad_logits
+    return found

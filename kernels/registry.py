@@ -1,0 +1,124 @@
+"""Every implementation of CMM and of the dense layer it is compared with (DMM); tests and benchmarks walk this one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fffsweep.kernels import dense, library, reference, torch_forms
+from fffsweep.kernels.activations import ACTIVATIONS, nearest_first
+from fffsweep.kernels.layer import LayerWeights
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+Layer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a layer.
+
+    `prepare(weights)` does what may be done once (transposing, padding, compiling) and returns the layer, x [..., hidden] -> as x.
+    `role`: "reference" is float64 loops, "cmm" computes trees, "dense" computes depth 0 alone, the baseline.
+    `dtypes` are those of x and of the weights alike. `unavailable` gives the reason why it cannot run on this machine, or None;
+    `refuses` the reason why it cannot take these weights, or None. `paths(weights, x)` gives the nodes it visits, where it can.
+    """
+
+    name: str
+    role: Literal["reference", "cmm", "dense"]
+    prepare: Callable[[LayerWeights], Layer]
+    devices: frozenset[str] = frozenset({"cpu"})
+    dtypes: frozenset[torch.dtype] = frozenset({F32})
+    supports_backward: bool = False
+    unavailable: Callable[[], str | None] = lambda: None
+    refuses: Callable[[LayerWeights], str | None] = lambda weights: None
+    paths: Callable[[LayerWeights, Tensor], Tensor] | None = None
+
+    def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
+        """Reason why this implementation does not apply, or None if it does."""
+        if device not in self.devices:
+            return f"{self.name} does not run on {device}"
+        if dtype not in self.dtypes:
+            return f"{self.name} does not take {dtype}"
+        if backward and not self.supports_backward:
+            return f"{self.name} has no backward pass"
+        if self.role == "dense" and weights.shape.depth > 0:
+            return f"{self.name} computes dense layers, and {weights.shape.layout} has depth"
+        return self.unavailable() or self.refuses(weights)
+
+
+def _native(isa: str | None) -> Implementation:
+    code = -1 if isa is None else library.ISA_NAMES.index(isa)
+
+    def prepare(weights: LayerWeights) -> Layer:
+        activation = ACTIVATIONS[weights.activation].code
+        operator = torch.ops.fffsweep.cmm
+        return lambda x: operator(x, weights.w_in, weights.b_in, weights.w_out, weights.shape.levels, activation, code)
+
+    def paths(weights: LayerWeights, x: Tensor) -> Tensor:
+        arguments = (weights.w_in.detach(), None if weights.b_in is None else weights.b_in.detach(), weights.w_out.detach())
+        code_of = ACTIVATIONS[weights.activation].code
+        _, _, leaves = torch.ops.fffsweep.cmm_train(x.detach(), *arguments, weights.shape.levels, code_of, code)
+        visited = [leaves.long()]
+        for _ in range(weights.shape.depth):
+            visited.append((visited[-1] - 1) // 2)
+        return torch.stack(visited[::-1], dim=2)
+
+    return Implementation(
+        "native" if isa is None else f"native_{isa}",
+        "cmm",
+        prepare,
+        dtypes=frozenset({F32, BF16}),
+        supports_backward=True,
+        unavailable=library.why_missing if isa is None else lambda: library.missing_isa(isa),
+        paths=paths,
+    )
+
+
+def _torch_form(name: str, form: Callable[..., Tensor]) -> Implementation:
+    return Implementation(
+        name,
+        "cmm",
+        lambda weights: lambda x: form(x, weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation),
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({F32, BF16, F64}),
+        supports_backward=True,
+        paths=lambda weights, x: torch_forms.paths(x.detach(), weights.w_in, weights.b_in, weights.shape),
+    )
+
+
+def _reference(weights: LayerWeights) -> Layer:
+    def layer(x: Tensor) -> Tensor:
+        y = reference.forward(weights, x.reshape(-1, x.shape[-1])).y
+        return torch.from_numpy(y).to(x.dtype).reshape(x.shape)
+
+    return layer
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("reference", "reference", _reference, dtypes=frozenset({F32, BF16, F64})),
+    _torch_form("masked", torch_forms.masked),
+    _torch_form("gather", torch_forms.gather),
+    _native(None),
+    *(_native(isa) for isa in library.ISA_NAMES),
+    Implementation(
+        "torch_dense", "dense", dense.eager, frozenset({"cpu", "cuda"}), frozenset({F32, BF16, F64}), supports_backward=True
+    ),
+)
+
+
+def find(name: str) -> Implementation:
+    """Implementation called `name`. Raises ValueError that lists the names, the nearest first."""
+    for each in IMPLEMENTATIONS:
+        if each.name == name:
+            return each
+    names = nearest_first(name, [each.name for each in IMPLEMENTATIONS])
+    raise ValueError(f"implementation={name!r}: expected one of {', '.join(names)}")
+
+
+def applicable(weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> list[Implementation]:
+    """Implementations, the reference aside, that can run these weights in `dtype` on `device`."""
+    return [each for each in IMPLEMENTATIONS if each.role != "reference" and each.why_not(weights, dtype, device, backward) is None]

@@ -1,0 +1,102 @@
+"""CMM in plain torch, for every device and dtype: gathered rows, and the masked dense form. Autograd gives the gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fffsweep.kernels.activations import activation_of
+from fffsweep.kernels.shape import TreeShape, child
+
+CHUNK_ELEMENTS = 1 << 24  # gathered rows held at once: 64 MiB in float32
+
+
+def _rows(nodes: Tensor, shape: TreeShape) -> Tensor:
+    """Rows of the flattened [trees * nodes, hidden] weights for node ids [tokens, trees, ...]."""
+    offset = torch.arange(shape.trees, device=nodes.device) * shape.nodes
+    return nodes + offset.view(1, -1, *[1] * (nodes.dim() - 2))
+
+
+@torch.no_grad()
+def paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Tensor:
+    """Ids of the nodes that each token visits.
+
+    Shapes: x [..., hidden]; w_in [trees, nodes, hidden]; b_in [trees, nodes] or None -> int64 [tokens, trees, levels].
+    """
+    x = x.reshape(-1, x.shape[-1])
+    visited = torch.zeros(x.shape[0], shape.trees, shape.levels, dtype=torch.int64, device=x.device)
+    flat_w, flat_b = w_in.reshape(-1, w_in.shape[-1]), None if b_in is None else b_in.reshape(-1)
+    step = max(1, CHUNK_ELEMENTS // (shape.trees * x.shape[-1]))
+    for start in range(0, x.shape[0], step):
+        tokens = slice(start, start + step)
+        for level in range(shape.depth):
+            rows = _rows(visited[tokens, :, level], shape)
+            logits = torch.einsum("th,tkh->tk", x[tokens].to(w_in.dtype), functional.embedding(rows, flat_w))
+            if flat_b is not None:
+                logits = logits + flat_b[rows]
+            visited[tokens, :, level + 1] = child(visited[tokens, :, level], logits)
+    return visited
+
+
+def gather(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str, *, paths: Tensor | None = None
+) -> Tensor:
+    """CMM by gathering the visited rows; tokens go along `paths` [tokens, trees, levels] where given, else along their own.
+
+    Shapes as `fffsweep.kernels.cmm.cmm`. Memory: a chunk of tokens holds twice its active rows.
+    """
+    act = activation_of(activation).apply
+    tokens = x.reshape(-1, x.shape[-1])
+    visited = _own_paths(tokens, w_in, b_in, shape) if paths is None else _checked(paths, tokens.shape[0], shape)
+    flat_in, flat_out = w_in.reshape(-1, w_in.shape[-1]), w_out.reshape(-1, w_out.shape[-1])
+    rows = _rows(visited, shape).flatten(1)
+    pieces = []
+    step = max(1, CHUNK_ELEMENTS // (shape.active_width * tokens.shape[-1]))
+    for start in range(0, tokens.shape[0], step):
+        chunk_rows = rows[start : start + step]
+        chunk = tokens[start : start + step].to(w_in.dtype)
+        logits = torch.bmm(functional.embedding(chunk_rows, flat_in), chunk.unsqueeze(2)).squeeze(2)
+        if b_in is not None:
+            logits = logits + b_in.reshape(-1)[chunk_rows]
+        pieces.append(torch.bmm(act(logits).unsqueeze(1), functional.embedding(chunk_rows, flat_out)).squeeze(1))
+    y = torch.cat(pieces) if pieces else tokens * w_out.sum().to(tokens.dtype)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def masked(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str, *, paths: Tensor | None = None
+) -> Tensor:
+    """CMM by computing every node of every tree and masking those not visited; `paths` as in `gather`.
+
+    Shapes as `fffsweep.kernels.cmm.cmm`. Cost and memory are those of a dense layer of `shape.width` neurons.
+    """
+    act = activation_of(activation).apply
+    tokens = x.reshape(-1, x.shape[-1]).to(w_in.dtype)
+    bias = None if b_in is None else b_in.reshape(-1)
+    logits = functional.linear(tokens, w_in.reshape(-1, w_in.shape[-1]), bias).view(-1, shape.trees, shape.nodes)
+    with torch.no_grad():
+        visited = _walk(logits, shape) if paths is None else _checked(paths, tokens.shape[0], shape)
+        unvisited = torch.ones_like(logits, dtype=torch.bool).scatter_(2, visited, False)
+    # a fill and not a product, so that an infinite logit beside the path gives zero and not NaN
+    hidden = act(logits).masked_fill(unvisited, 0.0)
+    return (hidden.view(-1, shape.width) @ w_out.reshape(shape.width, -1)).to(x.dtype).reshape(x.shape)
+
+
+def _walk(logits: Tensor, shape: TreeShape) -> Tensor:
+    """Visited nodes [tokens, trees, levels] by the logits of all nodes [tokens, trees, nodes]."""
+    visited = [torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)]
+    for _ in range(shape.depth):
+        visited.append(child(visited[-1], logits.gather(2, visited[-1].unsqueeze(2)).squeeze(2)))
+    return torch.stack(visited, dim=2)
+
+
+def _own_paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Tensor:
+    return paths(x, w_in, b_in, shape)
+
+
+def _checked(given: Tensor, tokens: int, shape: TreeShape) -> Tensor:
+    expected = (tokens, shape.trees, shape.levels)
+    if tuple(given.shape) != expected or given.dtype != torch.int64:
+        raise ValueError(f"paths is {given.dtype} {list(given.shape)}: expected torch.int64 {list(expected)}, node ids of each tree by level")
+    return given

@@ -1,0 +1,121 @@
+"""The correctness gate: an implementation against the float64 reference, paths first, then outputs and gradients on the same paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fffsweep.kernels import reference
+from fffsweep.kernels.layer import LayerWeights
+from fffsweep.kernels.reference import Array
+from fffsweep.kernels.registry import Implementation
+
+SLOPE_BOUND = 1.13  # the steepest activation of the table, gelu
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the gate: `verified`, tokens whose path left the reference's, the worst error over its tolerance, and why it failed."""
+
+    verified: bool
+    path_flips: int
+    worst: float
+    reason: str | None = None
+
+
+def verify(
+    implementation: Implementation, weights: LayerWeights, x: Tensor, *, backward: bool = False, exact: LayerWeights | None = None
+) -> Verdict:
+    """Hold `implementation` against the reference on x [tokens, hidden], whose dtype is the weights'.
+
+    A path may leave the reference's only where the logit is within rounding of zero; outputs, and gradients if `backward`, are
+    then compared along the implementation's own paths. Tolerance: reduction length x epsilon x sum of absolute terms, plus the
+    rounding of activations and outputs to the dtype. `path_flips` counts against `exact` weights (before their rounding), if given.
+    """
+    if backward:
+        leaves = [each.detach().clone().requires_grad_() for each in (x, weights.w_in, weights.w_out)]
+        bias = None if weights.b_in is None else weights.b_in.detach().clone().requires_grad_()
+        weights, x = replace(weights, w_in=leaves[1], b_in=bias, w_out=leaves[2]), leaves[0]
+    y = implementation.prepare(weights)(x)
+    if y.shape != x.shape or y.dtype != x.dtype:
+        return Verdict(False, 0, float("inf"), f"output is {y.dtype} {list(y.shape)}, expected {x.dtype} {list(x.shape)}")
+    own = implementation.paths(weights, x) if implementation.paths else None
+    expected = reference.forward(weights, x)
+    paths = expected.paths if own is None else own.numpy()
+    flips = int((paths != (expected.paths if exact is None else reference.forward(exact, x).paths)).any(axis=(1, 2)).sum())
+    if (paths != expected.paths).any():
+        unsound = _unsound_flips(paths, expected, weights)
+        if unsound:
+            return Verdict(False, flips, float("inf"), f"{unsound} paths leave the reference's at logits that are not within rounding of 0")
+        expected = reference.forward(weights, x, torch.from_numpy(paths))
+    error, tolerance = np.abs(y.detach().double().numpy() - expected.y), output_tolerance(weights, expected)
+    worst, reason = _worst("output", error, tolerance)
+    if backward and reason is None:
+        grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        y.backward(grad_y)
+        worst, reason = _compare_gradients(weights, x, grad_y, expected, worst)
+    return Verdict(reason is None, flips, worst, reason)
+
+
+def output_tolerance(weights: LayerWeights, done: reference.Forward) -> Array:
+    """Rounding error that outputs [tokens, hidden] may show: both reductions in float32 or better, stored in the weights' dtype."""
+    epsilon, stored = _epsilons(weights)
+    logits = SLOPE_BOUND * epsilon * (weights.hidden + 8) * done.y_logit_terms
+    # torch rounds logits and activations to the dtype too
+    rounding = 4 * stored * (done.y_terms + SLOPE_BOUND * done.y_logit_terms) if stored > epsilon else 0.0
+    return np.asarray(logits + epsilon * (weights.shape.active_width + 8) * done.y_terms + rounding + 2 * stored * np.abs(done.y) + 1e-30)
+
+
+def _epsilons(weights: LayerWeights) -> tuple[float, float]:
+    stored = float(torch.finfo(weights.w_in.dtype).eps)
+    return min(stored, float(torch.finfo(torch.float32).eps)), stored
+
+
+def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights) -> int:
+    """Paths that part from the reference where its logit lies further from zero than rounding explains."""
+    epsilon, stored = _epsilons(weights)
+    slack = (epsilon * (weights.hidden + 8) + (4 * stored if stored > epsilon else 0.0)) * expected.logit_terms
+    count = 0
+    for token, tree in np.argwhere((paths != expected.paths).any(axis=2)):
+        level = int(np.argmax(paths[token, tree] != expected.paths[token, tree])) - 1
+        parent = paths[token, tree, level]
+        is_child = paths[token, tree, level + 1] in (2 * parent + 1, 2 * parent + 2)
+        count += not is_child or abs(expected.logits[token, tree, level]) > slack[token, tree, level]
+    return count
+
+
+def _compare_gradients(
+    weights: LayerWeights, x: Tensor, grad_y: Tensor, expected: reference.Forward, worst: float
+) -> tuple[float, str | None]:
+    found = reference.Gradients(*(None if each is None else _gradient(each) for each in (x, weights.w_in, weights.b_in, weights.w_out)))
+    exact, terms = (make(weights, x, grad_y, expected) for make in (reference.backward, reference.gradient_terms))
+    epsilon, stored = _epsilons(weights)
+    scale = epsilon * (2 * weights.hidden + len(x) + weights.shape.active_width + 16) + (8 * stored if stored > epsilon else 0.0)
+    for name in ("x", "w_in", "b_in", "w_out"):
+        got, want, bound = (getattr(each, name) for each in (found, exact, terms))
+        if want is None:
+            continue
+        ratio, reason = _worst(f"gradient of {name}", np.abs(got - want), scale * bound + 2 * stored * np.abs(want) + 1e-30)
+        worst = max(worst, ratio)
+        if reason:
+            return worst, reason
+    return worst, None
+
+
+def _gradient(tensor: Tensor) -> Array:
+    assert tensor.grad is not None, "backward reached every leaf"
+    return tensor.grad.double().numpy()
+
+
+def _worst(what: str, error: Array, tolerance: Array) -> tuple[float, str | None]:
+    if error.size == 0:
+        return 0.0, None
+    ratio = error / tolerance
+    worst = float(ratio.max())
+    if worst <= 1:
+        return worst, None
+    at = np.unravel_index(int(np.nanargmax(np.where(np.isnan(ratio), np.inf, ratio))), ratio.shape)
+    return worst, f"{what}{[int(i) for i in at]} is off by {error[at]:.3g}, tolerance {tolerance[at]:.3g}"
