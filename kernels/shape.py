@@ -74,7 +74,8 @@ def layout_of_width(depth: int, width: int) -> TreeShape:
     if trees == 0 or trees * nodes < 0.9 * width:
         reachable = f"{trees * nodes} or {(trees + 1) * nodes}" if trees else f"{nodes}"
         raise ValueError(
-            f"width ~{width} at depth {depth}: no layout within 10 % below it; a tree of depth {depth} has {nodes} nodes, so try width ~{reachable} or another depth"
+            f"width ~{width} at depth {depth}: no layout within 10 % below it; "
+            f"a tree of depth {depth} has {nodes} nodes, so try width ~{reachable} or another depth"
         )
     return TreeShape(trees, depth)
 

@@ -78,6 +78,7 @@ class ModelSettings(Settings):
         if self.hidden_size % self.num_heads:
             divisors = [n for n in range(1, min(self.hidden_size, 64) + 1) if self.hidden_size % n == 0]
             raise ValueError(
-                f"hidden_size={self.hidden_size} with num_heads={self.num_heads}: heads must divide hidden_size; possible: {', '.join(map(str, divisors))}"
+                f"hidden_size={self.hidden_size} with num_heads={self.num_heads}: heads must divide hidden_size; "
+                f"possible: {', '.join(map(str, divisors))}"
             )
         return self

@@ -56,7 +56,8 @@ class Manifest:
         """Raises ValueError if the schema is of another version."""
         if value.get("schema") != SCHEMA:
             raise ValueError(
-                f"manifest schema {value.get('schema')!r}: expected {SCHEMA!r}; written by another version of fffsweep, use that one or a new results folder"
+                f"manifest schema {value.get('schema')!r}: expected {SCHEMA!r}; "
+                "written by another version of fffsweep: use that one, or a new results folder"
             )
         artifacts = {name: Artifact(**entry) for name, entry in value["artifacts"].items()}
         return Manifest(**{**value, "run": StageRun(**value["run"]), "artifacts": artifacts})
