@@ -43,12 +43,12 @@ ACTIVATIONS = {
     each.name: each
     for each in (
         Activation("identity", 0, lambda z: z, torch.ones_like),
-        Activation("relu", 1, torch.relu, lambda z: torch.where(z > 0, 1.0, 0.0).to(z.dtype)),
+        Activation("relu", 1, torch.relu, lambda z: (z > 0).to(z.dtype)),
         Activation(
             "leaky_relu",
             2,
             lambda z: functional.leaky_relu(z, LEAKY_SLOPE),
-            lambda z: torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype),
+            lambda z: torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE),
         ),
         Activation("silu", 3, functional.silu, _silu_slope),
         Activation("gelu", 4, functional.gelu, _gelu_slope),

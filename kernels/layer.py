@@ -67,7 +67,8 @@ def check_call(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shap
             continue
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: expected {list(expected[name])} for layout {shape.layout} and x of hidden size {hidden}"
+                f"{name} has shape {list(tensor.shape)}: expected {list(expected[name])} for layout {shape.layout} and "
+                f"x of hidden size {hidden}"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, where x is")

@@ -12,9 +12,7 @@ ISA_NAMES = ("generic", "avx2", "avx512", "avx512_bf16")  # their codes in nativ
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
-@functools.cache
-def why_missing() -> str | None:
-    """Load the library; None if its operators are there, else the reason why not."""
+def _load() -> str | None:
     path = Path(__file__).with_name("_native.so")
     if not path.exists():
         return f"{path} does not exist: pip install --no-build-isolation . with a C++20 compiler builds it"
@@ -23,6 +21,15 @@ def why_missing() -> str | None:
     except OSError as error:
         return f"{path} does not load ({error}): rebuild it with the torch that is installed, pip install --no-build-isolation ."
     return None
+
+
+# loaded on import: a constant is all that torch.compile sees of it, and exported programs find their operators
+MISSING = _load()
+
+
+def why_missing() -> str | None:
+    """None if the native operators are there, else the reason why not."""
+    return MISSING
 
 
 @functools.cache

@@ -86,8 +86,8 @@ def gradient_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward
     hidden = np.abs(activation_of(layer.activation).apply(torch.from_numpy(done.logits)).numpy()) + done.logit_terms
     # slopes stay below 1.13 for every activation of the table, and change by less than one for each unit of the logit
     slope = 1.13 + done.logit_terms
-    arrays = (np.abs(_float64(each)) for each in (layer.w_in, layer.w_out, x, grad_y))
-    return _scatter(*arrays, done.paths, hidden, slope, layer.b_in is not None)
+    w_in, w_out, tokens, grads = (np.abs(_float64(each)) for each in (layer.w_in, layer.w_out, x, grad_y))
+    return _scatter(w_in, w_out, tokens, grads, done.paths, hidden, slope, layer.b_in is not None)
 
 
 def _scatter(

@@ -36,6 +36,7 @@ class Implementation:
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[LayerWeights], str | None] = lambda weights: None
     paths: Callable[[LayerWeights, Tensor], Tensor] | None = None
+    variant_of: str | None = None
 
     def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
         """Reason why this implementation does not apply, or None if it does."""
@@ -75,10 +76,11 @@ def _native(isa: str | None) -> Implementation:
         supports_backward=True,
         unavailable=library.why_missing if isa is None else lambda: library.missing_isa(isa),
         paths=paths,
+        variant_of=None if isa is None else "native",
     )
 
 
-def _torch_form(name: str, form: Callable[..., Tensor]) -> Implementation:
+def _torch_form(name: str, form: Callable[..., Tensor], paths: Callable[..., Tensor]) -> Implementation:
     return Implementation(
         name,
         "cmm",
@@ -86,7 +88,7 @@ def _torch_form(name: str, form: Callable[..., Tensor]) -> Implementation:
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({F32, BF16, F64}),
         supports_backward=True,
-        paths=lambda weights, x: torch_forms.paths(x.detach(), weights.w_in, weights.b_in, weights.shape),
+        paths=lambda weights, x: paths(x, weights.w_in, weights.b_in, weights.shape),
     )
 
 
@@ -100,13 +102,11 @@ def _reference(weights: LayerWeights) -> Layer:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("reference", "reference", _reference, dtypes=frozenset({F32, BF16, F64})),
-    _torch_form("masked", torch_forms.masked),
-    _torch_form("gather", torch_forms.gather),
+    _torch_form("masked", torch_forms.masked, torch_forms.masked_paths),
+    _torch_form("gather", torch_forms.gather, torch_forms.paths),
     _native(None),
     *(_native(isa) for isa in library.ISA_NAMES),
-    Implementation(
-        "torch_dense", "dense", dense.eager, frozenset({"cpu", "cuda"}), frozenset({F32, BF16, F64}), supports_backward=True
-    ),
+    Implementation("torch_dense", "dense", dense.eager, frozenset({"cpu", "cuda"}), frozenset({F32, BF16, F64}), supports_backward=True),
 )
 
 

@@ -33,7 +33,7 @@ class TreeShape:
     @property
     def nodes(self) -> int:
         """Nodes of one tree."""
-        return 2 ** (self.depth + 1) - 1
+        return int(2 ** (self.depth + 1) - 1)
 
     @property
     def levels(self) -> int:

@@ -53,15 +53,14 @@ def gather(
     rows = _rows(visited, shape).flatten(1)
     pieces = []
     step = max(1, CHUNK_ELEMENTS // (shape.active_width * tokens.shape[-1]))
-    for start in range(0, tokens.shape[0], step):
+    for start in range(0, max(1, tokens.shape[0]), step):  # no tokens are one empty chunk, so that gradients exist
         chunk_rows = rows[start : start + step]
         chunk = tokens[start : start + step].to(w_in.dtype)
         logits = torch.bmm(functional.embedding(chunk_rows, flat_in), chunk.unsqueeze(2)).squeeze(2)
         if b_in is not None:
             logits = logits + b_in.reshape(-1)[chunk_rows]
         pieces.append(torch.bmm(act(logits).unsqueeze(1), functional.embedding(chunk_rows, flat_out)).squeeze(1))
-    y = torch.cat(pieces) if pieces else tokens * w_out.sum().to(tokens.dtype)
-    return y.to(x.dtype).reshape(x.shape)
+    return torch.cat(pieces).to(x.dtype).reshape(x.shape)
 
 
 def masked(
@@ -72,15 +71,25 @@ def masked(
     Shapes as `fffsweep.kernels.cmm.cmm`. Cost and memory are those of a dense layer of `shape.width` neurons.
     """
     act = activation_of(activation).apply
-    tokens = x.reshape(-1, x.shape[-1]).to(w_in.dtype)
-    bias = None if b_in is None else b_in.reshape(-1)
-    logits = functional.linear(tokens, w_in.reshape(-1, w_in.shape[-1]), bias).view(-1, shape.trees, shape.nodes)
+    logits = _all_logits(x, w_in, b_in, shape)
     with torch.no_grad():
-        visited = _walk(logits, shape) if paths is None else _checked(paths, tokens.shape[0], shape)
+        visited = _walk(logits, shape) if paths is None else _checked(paths, logits.shape[0], shape)
         unvisited = torch.ones_like(logits, dtype=torch.bool).scatter_(2, visited, False)
     # a fill and not a product, so that an infinite logit beside the path gives zero and not NaN
     hidden = act(logits).masked_fill(unvisited, 0.0)
     return (hidden.view(-1, shape.width) @ w_out.reshape(shape.width, -1)).to(x.dtype).reshape(x.shape)
+
+
+@torch.no_grad()
+def masked_paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Tensor:
+    """As `paths`, by the logits of `masked`, whose rounding differs."""
+    return _walk(_all_logits(x, w_in, b_in, shape), shape)
+
+
+def _all_logits(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).to(w_in.dtype)
+    bias = None if b_in is None else b_in.reshape(-1)
+    return functional.linear(tokens, w_in.reshape(shape.width, -1), bias).view(-1, shape.trees, shape.nodes)
 
 
 def _walk(logits: Tensor, shape: TreeShape) -> Tensor:
@@ -98,5 +107,7 @@ def _own_paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -
 def _checked(given: Tensor, tokens: int, shape: TreeShape) -> Tensor:
     expected = (tokens, shape.trees, shape.levels)
     if tuple(given.shape) != expected or given.dtype != torch.int64:
-        raise ValueError(f"paths is {given.dtype} {list(given.shape)}: expected torch.int64 {list(expected)}, node ids of each tree by level")
+        raise ValueError(
+            f"paths is {given.dtype} {list(given.shape)}: expected torch.int64 {list(expected)}, node ids of each tree by level"
+        )
     return given

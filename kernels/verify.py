@@ -90,7 +90,8 @@ def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: Laye
 def _compare_gradients(
     weights: LayerWeights, x: Tensor, grad_y: Tensor, expected: reference.Forward, worst: float
 ) -> tuple[float, str | None]:
-    found = reference.Gradients(*(None if each is None else _gradient(each) for each in (x, weights.w_in, weights.b_in, weights.w_out)))
+    bias = None if weights.b_in is None else _gradient(weights.b_in)
+    found = reference.Gradients(_gradient(x), _gradient(weights.w_in), bias, _gradient(weights.w_out))
     exact, terms = (make(weights, x, grad_y, expected) for make in (reference.backward, reference.gradient_terms))
     epsilon, stored = _epsilons(weights)
     scale = epsilon * (2 * weights.hidden + len(x) + weights.shape.active_width + 16) + (8 * stored if stored > epsilon else 0.0)

@@ -1,0 +1,175 @@
+"""The public entry: arguments, choice of implementation, NaN, threads, tracing."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from fffsweep.kernels import library, registry, torch_forms
+from fffsweep.kernels.cmm import choose, cmm
+from fffsweep.kernels.layer import random_layer
+from fffsweep.kernels.shape import TreeShape, parse_layout
+
+native = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+
+
+def arguments(layout: str = "2x3", hidden: int = 12, count: int = 5, **options: object):
+    weights = random_layer(parse_layout(layout), hidden, **options)
+    x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(3)).to(weights.w_in.dtype)
+    return x, weights.w_in, weights.b_in, weights.w_out, weights.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: (a[0][:, :5], *a[1:]), r"w_in has shape \[2, 15, 12\]: expected \[2, 15, 5\]"),
+        (lambda a: (*a[:2], a[2][:, :3], *a[3:]), r"b_in has shape \[2, 3\]: expected \[2, 15\]"),
+        (lambda a: (*a[:3], a[3][:1], a[4]), r"w_out has shape \[1, 15, 12\]"),
+        (lambda a: (*a[:3], a[3].bfloat16(), a[4]), r"w_out is torch.bfloat16: expected torch.float32"),
+        (lambda a: (a[0].double(), *a[1:]), r"w_in is torch.float32: expected torch.float64"),
+        (lambda a: (a[0].long(), *a[1:]), r"x is torch.int64"),
+        (lambda a: (*a[:3], a[3].to("meta"), a[4]), r"w_out is on meta: expected cpu"),
+        (lambda a: (*a[:4], TreeShape(2, 4)), r"layout 2x4"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        cmm(*change(arguments()))
+
+
+def test_unknown_names_list_the_choices_nearest_first() -> None:
+    with pytest.raises(ValueError, match="activation='gelo': expected one of gelu,"):
+        cmm(*arguments(), "gelo")
+    with pytest.raises(ValueError, match="implementation='nativ': expected one of native,"):
+        cmm(*arguments(), implementation="nativ")
+
+
+@pytest.mark.parametrize("name", [each.name for each in registry.IMPLEMENTATIONS if each.role != "dense"])
+def test_implementation_forces_one(name: str) -> None:
+    if registry.find(name).unavailable():
+        pytest.skip("not available")
+    expected = cmm(*arguments(), implementation="reference")
+    torch.testing.assert_close(cmm(*arguments(), implementation=name), expected)
+
+
+@native
+def test_choice() -> None:
+    for dtype, layout, name in (
+        (torch.float32, "2x3", "native"),
+        (torch.bfloat16, "1x3", "native"),
+        (torch.float64, "1x3", "gather"),
+        (torch.float32, "9x0", "masked"),
+    ):
+        x, w_in, _, _, shape = arguments(layout, dtype=dtype)
+        assert choose(x, w_in, shape) == name
+
+
+def test_missing_library_is_told_once_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "MISSING", "it was not built")
+    library.warn_if_missing.cache_clear()
+    with pytest.warns(UserWarning, match="'gather' runs in their place: it was not built"):
+        y = cmm(*arguments())
+    torch.testing.assert_close(y, cmm(*arguments(), implementation="reference"))
+    library.warn_if_missing.cache_clear()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity(value: float) -> None:
+    x, *rest = arguments("1x4", 20, 40)
+    x[7, 3], x[39, 0] = value, value
+    expected = cmm(x, *rest, implementation="gather")
+    for each in registry.IMPLEMENTATIONS:
+        if each.role == "cmm" and each.unavailable() is None and torch.float32 in each.dtypes:
+            y = cmm(x, *rest, implementation=each.name)
+            clean = [i for i in range(40) if i not in (7, 39)]
+            torch.testing.assert_close(y[clean], expected[clean])
+            if value != value:
+                assert y[[7, 39]].isnan().all(), each.name
+                assert (each.paths(random_layer(parse_layout("1x4"), 20), x)[7] == torch.tensor([0, 1, 3, 7, 15])).all()
+
+
+def test_forced_paths_are_followed_by_both_torch_forms() -> None:
+    x, w_in, b_in, w_out, shape = arguments("2x3", 12, 6)
+    forced = torch.zeros(6, 2, 4, dtype=torch.int64)
+    for level in range(3):
+        forced[:, :, level + 1] = 2 * forced[:, :, level] + 1 + torch.randint(0, 2, (6, 2), generator=torch.Generator().manual_seed(level))
+    outputs = [form(x, w_in, b_in, w_out, shape, "gelu", paths=forced) for form in (torch_forms.masked, torch_forms.gather)]
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0], cmm(x, w_in, b_in, w_out, shape))
+    with pytest.raises(ValueError, match="paths is"):
+        torch_forms.gather(x, w_in, b_in, w_out, shape, "gelu", paths=forced[:, :1])
+
+
+@native
+def test_compile_and_export_keep_one_graph() -> None:
+    x, w_in, b_in, w_out, shape = arguments("2x3", 12, 6)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_in, self.b_in, self.w_out = (torch.nn.Parameter(each.clone()) for each in (w_in, b_in, w_out))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cmm(x, self.w_in, self.b_in, self.w_out, shape)
+
+    eager, compiled = Layer(), Layer()
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for count in (6, 9):
+        batch = torch.randn(count, 12)
+        torch.testing.assert_close(run(batch), eager(batch))
+    run(x).square().sum().backward()
+    eager(x).square().sum().backward()
+    for name, parameter in eager.named_parameters():
+        torch.testing.assert_close(dict(compiled.named_parameters())[name].grad, parameter.grad / 1)
+    exported = torch.export.export(eager, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    batch = torch.randn(11, 12)
+    torch.testing.assert_close(exported.module()(batch), eager(batch))
+
+
+@native
+def test_operator_passes_opcheck() -> None:
+    x, w_in, b_in, w_out, shape = arguments("2x2", 8, 7)
+    leaves = [each.requires_grad_() for each in (x, w_in, b_in, w_out)]
+    torch.library.opcheck(torch.ops.fffsweep.cmm.default, (*leaves, shape.levels, 4))
+    torch.library.opcheck(torch.ops.fffsweep.cmm.default, (x, w_in, None, w_out, shape.levels, 4))
+
+
+def test_threads_may_call_at_once() -> None:
+    x, *rest = arguments("1x6", 64, 500)
+    expected, results = cmm(x, *rest), {}
+
+    def run(i: int) -> None:
+        results[i] = [cmm(x, *rest) for _ in range(20)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert sum(len(each) for each in results.values()) == 80
+    assert all(torch.equal(y, expected) for each in results.values() for y in each)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_after_use() -> None:
+    arguments_ = arguments("1x5", 32, 4)
+    expected = cmm(*arguments_)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the parent's pool does not survive a fork, for any torch operator
+        os._exit(0 if torch.equal(cmm(*arguments_), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@native
+def test_backward_repeats_itself_bit_for_bit() -> None:
+    x, w_in, b_in, w_out, shape = arguments("2x5", 40, 900)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (x, w_in, b_in, w_out)]
+        return torch.autograd.grad(cmm(*leaves, shape).square().sum(), leaves)
+
+    first = gradients()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))

@@ -1,0 +1,128 @@
+"""The contract that every implementation of the registry keeps, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fffsweep.kernels import reference, registry
+from fffsweep.kernels.activations import ACTIVATIONS
+from fffsweep.kernels.layer import LayerWeights, random_layer
+from fffsweep.kernels.registry import Implementation
+from fffsweep.kernels.shape import parse_layout
+from fffsweep.kernels.verify import output_tolerance, verify
+
+FAST = [each for each in registry.IMPLEMENTATIONS if each.role != "reference"]
+IDS = [each.name for each in FAST]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def tokens(count: int, hidden: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layer(implementation: Implementation, layout: str, hidden: int, dtype: torch.dtype = torch.float32, **options: object) -> LayerWeights:
+    """Random layer; a dense implementation gets one of the same width at depth 0."""
+    shape = parse_layout(layout)
+    if implementation.role == "dense":
+        shape = parse_layout(f"{shape.width}x0")
+    return random_layer(shape, hidden, dtype=dtype, **options)
+
+
+def check(implementation: Implementation, weights: LayerWeights, x: Tensor, *, backward: bool | None = None) -> None:
+    reason = implementation.why_not(weights, x.dtype)
+    if reason:
+        pytest.skip(reason)
+    backward = implementation.supports_backward if backward is None else backward
+    verdict = verify(implementation, weights, x, backward=backward)
+    assert verdict.verified, verdict.reason
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("layout", ["1x0", "1x3", "3x2", "7x0", "1x7", "5x4"])
+def test_layouts(implementation: Implementation, layout: str, dtype: str) -> None:
+    check(implementation, layer(implementation, layout, 40, DTYPES[dtype]), tokens(19, 40, DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("bias", [False, True])
+def test_activations(implementation: Implementation, activation: str, bias: bool) -> None:
+    check(implementation, layer(implementation, "2x3", 33, activation=activation, bias=bias), tokens(17, 33))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+@pytest.mark.parametrize("hidden", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 255, 257, 1023, 1025])
+def test_hidden_sizes(implementation: Implementation, hidden: int) -> None:
+    check(implementation, layer(implementation, "2x2", hidden), tokens(9, hidden))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 8, 13, 31, 64, 129, 300])
+def test_token_counts(implementation: Implementation, count: int) -> None:
+    check(implementation, layer(implementation, "1x4", 24), tokens(count, 24))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+def test_many_tokens_share_leaves_or_crowd_on_one_path(implementation: Implementation) -> None:
+    weights = layer(implementation, "2x3", 20)
+    crowded = tokens(1, 20).repeat(700, 1)
+    check(implementation, weights, crowded)
+    check(implementation, weights, torch.cat([crowded[:333], tokens(412, 20)]))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+def test_leading_dimensions_and_strides(implementation: Implementation) -> None:
+    weights = layer(implementation, "2x3", 24)
+    reason = implementation.why_not(weights, torch.float32)
+    if reason:
+        pytest.skip(reason)
+    call = implementation.prepare(weights)
+    wide = tokens(30, 48)
+    views = {
+        "every other column": wide[:, ::2],
+        "transposed": tokens(24, 30).t(),
+        "offset by one": wide.flatten()[1 : 1 + 24 * 20].view(20, 24),
+    }
+    for name, x in views.items():
+        expected = reference.forward(weights, x)
+        assert (np.abs(call(x).double().numpy() - expected.y) <= output_tolerance(weights, expected)).all(), name
+    x = tokens(30, 24)
+    assert torch.equal(call(x.view(2, 3, 5, 24)).view(30, 24), call(x))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=IDS)
+def test_misaligned_weights(implementation: Implementation) -> None:
+    weights = layer(implementation, "1x3", 21)
+    shifted = LayerWeights(*(_shifted(each) for each in (weights.w_in, weights.b_in, weights.w_out)), weights.shape, weights.activation)
+    check(implementation, shifted, tokens(12, 21), backward=False)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    view = memory[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("implementation", [each for each in FAST if each.supports_backward], ids=lambda each: each.name)
+def test_gradients_reach_only_visited_rows(implementation: Implementation) -> None:
+    weights = layer(implementation, "1x6", 16)
+    if implementation.role == "dense" or implementation.unavailable():
+        pytest.skip("computes every row, or not available")
+    leaf = LayerWeights(*(each.clone().requires_grad_() for each in (weights.w_in, weights.b_in, weights.w_out)), weights.shape, "gelu")
+    x = tokens(3, 16)
+    implementation.prepare(leaf)(x).sum().backward()
+    visited = np.unique(reference.forward(weights, x).paths)
+    untouched = np.setdiff1d(np.arange(weights.shape.nodes), visited)
+    assert len(untouched) > 0
+    for each in (leaf.w_in, leaf.w_out):
+        assert each.grad[0, untouched].abs().max() == 0
+        assert (each.grad[0, visited].abs().sum(dim=1) > 0).all()
+    assert leaf.b_in.grad[0, untouched].abs().max() == 0
+
+
+def test_the_suite_runs_the_implementations_it_should() -> None:
+    names = {each.name for each in FAST if each.unavailable() is None}
+    assert {"masked", "gather", "torch_dense"} <= names
