@@ -23,7 +23,14 @@ SCHEMA = "fffsweep.manifest/1"
 
 
 class DamagedArtifact(RuntimeError):
-    """An artifact's bytes are missing or differ from its checksum."""
+    """An artifact's bytes are missing or differ from its checksum. `key` is the result it belongs to."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message, key)
+        self.message, self.key = message, key
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,8 @@ class Store:
         artifact = manifest.artifacts[name]
         path = self.object_path(artifact.sha256)
         if not path.exists() or _sha256(path) != artifact.sha256:
-            raise DamagedArtifact(
-                f"artifact {name!r} of {manifest.run.stage} {manifest.key}: {'damaged' if path.exists() else 'missing'} at {path}"
-            )
+            state = "damaged" if path.exists() else "missing"
+            raise DamagedArtifact(f"artifact {name!r} of {manifest.run.stage} {manifest.key} is {state}: {path}", manifest.key)
         return path
 
     def checkout(self, key: str, folder: Path) -> Path:

@@ -1,0 +1,286 @@
+"""The driver of a sweep: hands stage runs to an executor as their inputs appear, and records what comes back.
+
+Started again on the same study it goes on: what has a manifest is reused, what was killed resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, RayExecutor
+from fffsweep.sweeps.graph import TrialPlan, build
+from fffsweep.sweeps.ledger import Ledger
+from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
+from fffsweep.sweeps.space import expand
+
+_POLL_S = 0.5
+_DONE = ("complete", "reused")
+
+
+class Listener(Protocol):
+    """Whoever watches a sweep, such as the terminal."""
+
+    def update(self, record: Record, queued: int) -> None:
+        """The record changed."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Something worth a line of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended. Stage runs are counted once each, however many trials share them."""
+
+    state: str
+    num_run: int
+    num_reused: int
+    failed_trials: tuple[str, ...]
+    wall_s: float
+
+
+def run_sweep(config: SweepConfig, results: Path, listener: Listener, executor: str = "ray", address: str | None = None) -> Outcome:
+    """Run a sweep, or what is left of it, to its end.
+
+    Raises ConfigError before anything is started if the study exists with another config or is being driven by another process.
+    """
+    plans = build(config, expand(config))
+    folder = study_folder(results, config.name)
+    stored = load(folder)
+    check_extends(config, stored)
+    check_writable(results)
+    lease = Lease(folder)
+    try:
+        return Controller(config, plans, results, folder, listener, executor, address, stored).run()
+    finally:
+        lease.release()
+
+
+def check_writable(results: Path) -> None:
+    """Raises ConfigError if nothing can be written below `results`."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe = results / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"results folder {results}: cannot be written ({error.strerror}); choose another with --results") from None
+
+
+class Controller:
+    """State of one driven sweep. One thread; the executor brings the parallelism."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        plans: list[TrialPlan],
+        results: Path,
+        folder: Path,
+        listener: Listener,
+        executor: str,
+        address: str | None,
+        stored: dict[str, object] | None,
+    ) -> None:
+        self._config, self._listener = config, listener
+        self._executor_name, self._address = executor, address
+        self._store = Store(results / "store")
+        self._record = Record(folder, config, [TrialState(plan, [StageState(planned) for planned in plan.stages]) for plan in plans])
+        if stored is not None:
+            self._record.created_at = float(str(stored["created_at"]))
+        self._ledger = Ledger(config, results, self._store)
+        self._stop_file = folder / "stop"
+        self._by_key: dict[str, list[tuple[TrialState, StageState]]] = defaultdict(list)
+        for trial in self._record.trials:
+            for stage in trial.stages:
+                self._by_key[stage.planned.run.key].append((trial, stage))
+        self._running: dict[str, int] = {}  # key -> CPUs it occupies
+        self._attempts: dict[str, int] = defaultdict(int)
+        self._not_before: dict[str, float] = {}
+        self._num_run = 0
+        self._stopping = False
+
+    def run(self) -> Outcome:
+        start = time.monotonic()
+        self._stop_file.unlink(missing_ok=True)
+        self._reuse()
+        self._record.event("started", executor=self._executor_name)
+        self._save(force=True)
+        for trial in self._record.trials:
+            self._ledger.open_trial(trial)
+        for trial in self._record.trials:
+            self._settle(trial)
+        reused = sum(self._state(key) == "reused" for key in self._by_key)
+        if reused:
+            self._listener.say(f"reused {reused} of {len(self._by_key)} stage runs from {self._store.root}")
+        if not self._is_over():
+            with self._catching_signals():
+                self._drive()
+        failed = tuple(trial.plan.spec.id for trial in self._record.trials if trial.state == "failed")
+        unfinished = any(trial.state in ("waiting", "running") for trial in self._record.trials)
+        self._record.state = "stopped" if unfinished else "failed" if len(failed) == len(self._record.trials) else "complete"
+        self._ledger.close()
+        self._record.event("ended", state=self._record.state, failed=failed)
+        self._save(force=True)
+        return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start)
+
+    def _reuse(self) -> None:
+        for key, users in self._by_key.items():
+            if self._store.has(key):
+                duration_s = self._store.get(key).duration_s
+                for _, stage in users:
+                    stage.state, stage.duration_s = "reused", duration_s
+
+    def _drive(self) -> None:
+        executor = self._start_executor()
+        try:
+            while True:
+                if not self._stopping:
+                    self._submit_ready(executor)
+                if not self._running and (self._stopping or self._is_over()):
+                    return
+                for event in executor.wait(_POLL_S):
+                    self._handle(event)
+                self._save()
+        finally:
+            executor.close()
+
+    def _start_executor(self) -> Executor:
+        if self._executor_name == "inline":
+            return InlineExecutor(self._store, self._stop_file, self._handle)
+        return RayExecutor(self._store, self._stop_file, self._address)
+
+    def _submit_ready(self, executor: Executor) -> None:
+        """Fill the free CPUs, first trials first. A run that needs a whole node waits until nothing else can be started."""
+        ready = [key for key in self._by_key if self._state(key) == "waiting" and key not in self._running and self._is_ready(key)]
+        shared = [key for key in ready if not self._planned(key).resources.exclusive]
+        now = time.monotonic()
+        for key in shared or [key for key in ready if not self._running][:1]:
+            resources = self._planned(key).resources
+            cpus = executor.num_cpus if resources.exclusive else min(resources.cpus, executor.num_cpus)
+            if self._not_before.get(key, 0) > now or sum(self._running.values()) + cpus > executor.num_cpus:
+                continue
+            self._running[key] = cpus
+            self._attempts[key] += 1
+            for trial, stage in self._by_key[key]:
+                stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
+            self._record.event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
+            executor.submit(self._planned(key).run, resources)
+
+    def _is_ready(self, key: str) -> bool:
+        return all(self._state(upstream) in _DONE for upstream in self._planned(key).run.inputs.values())
+
+    def _handle(self, event: Event) -> None:
+        if event.kind == "progress":
+            for _, stage in self._by_key[event.key]:
+                stage.worker = event.worker
+                stage.progress = event.progress or stage.progress
+            self._save()
+            return
+        self._running.pop(event.key, None)
+        if event.kind == "finished":
+            self._finished(event)
+        elif event.kind == "stopped":
+            self._set_state(event.key, "waiting")
+            self._stopping = True
+        else:
+            self._failed(event)
+        self._save()
+
+    def _finished(self, event: Event) -> None:
+        manifest = self._store.get(event.key)
+        self._num_run += 1
+        self._record.event("finished", key=event.key, duration_s=manifest.duration_s, worker=event.worker)
+        for trial, stage in self._by_key[event.key]:
+            stage.state, stage.duration_s, stage.worker, stage.progress = "complete", manifest.duration_s, event.worker, None
+            self._settle(trial)
+
+    def _failed(self, event: Event) -> None:
+        """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
+        planned = self._planned(event.key)
+        self._record.event("failed", key=event.key, fault=event.fault, message=event.message)
+        retry = event.fault in ("infrastructure", "damaged") and self._attempts[event.key] <= self._config.retries
+        if retry and event.damaged_key is not None:
+            self._store.forget(event.damaged_key)
+            self._set_state(event.damaged_key, "waiting")
+        if retry:
+            self._listener.say(f"{planned.label}: {event.message.splitlines()[-1]}; trying again")
+            self._not_before[event.key] = time.monotonic() + min(2.0 ** self._attempts[event.key], 60.0)
+            self._set_state(event.key, "waiting")
+            return
+        reason = (event.message.strip().splitlines() or ["no message"])[-1]
+        self._listener.say(f"{planned.label} failed: {reason}")
+        for trial, stage in self._by_key[event.key]:
+            stage.state, stage.error, stage.worker = "failed", event.message, event.worker
+            self._ledger.stage_failed(trial, stage)
+        for trial in self._record.trials:
+            self._settle(trial)
+
+    def _settle(self, trial: TrialState) -> None:
+        """Log what is finished of a trial; close it when it is whole, or when it can no longer be."""
+        if trial.state in ("complete", "failed"):
+            return
+        for stage in trial.stages:
+            if stage.state in _DONE:
+                self._ledger.stage_finished(trial, stage)
+        broken = next((upstream for upstream in self._broken(trial)), None)
+        if trial.stages[-1].state in _DONE:
+            trial.state = "complete"
+            self._ledger.trial_finished(trial)
+        elif broken is not None:
+            trial.state, trial.error = "failed", broken
+            self._ledger.trial_failed(trial)
+
+    def _broken(self, trial: TrialState) -> Iterator[str]:
+        """Why a trial cannot be finished: a stage of its own, or one that it reads of another trial, failed."""
+        for stage in trial.stages:
+            for key in (stage.planned.run.key, *stage.planned.run.inputs.values()):
+                user, state = self._by_key[key][0]
+                if state.state == "failed":
+                    whose = "" if user is trial else f" of trial {user.plan.spec.id}"
+                    yield f"{state.planned.label}{whose} failed: {(state.error or '').strip().splitlines()[-1:]}"
+
+    def _planned(self, key: str):  # type: ignore[no-untyped-def]
+        return self._by_key[key][0][1].planned
+
+    def _state(self, key: str) -> str:
+        return self._by_key[key][0][1].state
+
+    def _set_state(self, key: str, state: str) -> None:
+        for _, stage in self._by_key[key]:
+            stage.state = state  # type: ignore[assignment]
+
+    def _is_over(self) -> bool:
+        return all(trial.state in ("complete", "failed") for trial in self._record.trials)
+
+    def _save(self, force: bool = False) -> None:
+        self._record.save(force)
+        self._listener.update(self._record, len(self._running))
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """On SIGINT or SIGTERM stages save themselves and the sweep ends resumable; a second signal ends it at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+            self._stop_file.touch()
+            self._listener.say("stopping: running stages save their state; the same command goes on from there")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

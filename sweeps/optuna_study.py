@@ -1,0 +1,59 @@
+"""The Optuna side of a sweep: asks, tells, and finds its own trials again after a restart. The one importer of optuna."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+# Trees and depth as integers: a categorical "layout" could not grow when a study is extended.
+_SPACE = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
+_TRIAL = "fffsweep.trial"
+
+
+class OptunaStudy:
+    """An Optuna study with one trial for each fffsweep trial. Only the driver that holds the study's lease writes it."""
+
+    def __init__(self, storage: str, name: str, objectives: Mapping[str, str]) -> None:
+        optuna.logging.set_verbosity(logging.WARNING)
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=list(objectives.values()),
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+        self._study.set_metric_names(list(objectives))
+        self._frozen: dict[str, FrozenTrial] = {
+            trial.user_attrs[_TRIAL]: trial for trial in self._study.trials if _TRIAL in trial.user_attrs
+        }
+
+    def ask(self, trial: str, trees: int, depth: int, attributes: Mapping[str, Any]) -> int:
+        """Number of the Optuna trial for `trial`, the one of an earlier session if there was one."""
+        known = self._frozen.get(trial)
+        if known is not None and known.state in (TrialState.RUNNING, TrialState.COMPLETE):
+            return known.number
+        self._study.enqueue_trial({"trees": trees, "depth": depth}, user_attrs={_TRIAL: trial, **attributes})
+        asked = self._study.ask(_SPACE)
+        self._frozen[trial] = self._study.trials[asked.number]
+        return asked.number
+
+    def tell(self, trial: str, values: Sequence[float]) -> None:
+        """Record the objective values of a finished trial; told twice, the first stands."""
+        if self._frozen[trial].state == TrialState.RUNNING:
+            self._study.tell(self._frozen[trial].number, list(values))
+
+    def fail(self, trial: str) -> None:
+        """Record that a trial failed."""
+        if self._frozen[trial].state == TrialState.RUNNING:
+            self._study.tell(self._frozen[trial].number, state=TrialState.FAIL)
+
+
+def sqlite_url(path: Path) -> str:
+    """Storage address of a local SQLite file."""
+    return f"sqlite:///{path.resolve()}"

@@ -1,0 +1,168 @@
+"""The study record: which trials a study has, which stage runs they need, and how far each is. Written by its driver alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.graph import PlannedStage, TrialPlan
+
+SCHEMA = "fffsweep.study/1"
+EXTENDS = ("layouts", "depth", "width", "controls", "seeds")  # what may differ when a study is run again under its name
+_IRRELEVANT = ("description", "retries", "timeouts")  # what cannot change a result
+
+State = Literal["waiting", "running", "complete", "reused", "failed"]
+
+
+@dataclass
+class StageState:
+    """How far one stage run of one trial is."""
+
+    planned: PlannedStage
+    state: State = "waiting"
+    attempts: int = 0
+    progress: dict[str, Any] | None = None
+    worker: str | None = None
+    duration_s: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        run = self.planned.run
+        live = {name: getattr(self, name) for name in ("state", "attempts", "progress", "worker", "duration_s", "error")}
+        return {"name": run.stage, "label": self.planned.label, "key": run.key, "replicate": self.planned.replicate, **live}
+
+
+@dataclass
+class TrialState:
+    """How far one trial is."""
+
+    plan: TrialPlan
+    stages: list[StageState]
+    state: State = "waiting"
+    number: int | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        spec = self.plan.spec
+        collect = self.stages[-1]
+        return {
+            "id": spec.id,
+            "layout": spec.layout,
+            "controls": list(spec.controls),
+            "in_study": spec.in_study,
+            "number": self.number,
+            "params": spec.params,
+            "model": spec.model.resolved(),
+            "state": self.state,
+            "error": self.error,
+            "collect_key": collect.planned.run.key if collect.state in ("complete", "reused") else None,
+            "stages": [stage.to_json() for stage in self.stages],
+        }
+
+
+def study_folder(results: Path, name: str) -> Path:
+    """Folder of a study's record. Whatever a name holds, it is one path component and stays below `studies`."""
+    return results / "studies" / quote(name, safe=" ").replace(" ", "%20").replace(".", "%2E", 1 if name.startswith(".") else 0)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The record in `folder`, None if there is none. Raises ConfigError if another version wrote it."""
+    path = folder / "study.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it or another --results"
+        )
+    return record
+
+
+def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
+    """Accept a config that equals the stored one or extends it. Raises ConfigError that shows the first differences."""
+    if stored is None:
+        return
+    ours, theirs = _flat(config.resolved()), _flat(stored["config"])
+    different = [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and name.split(".")[0] not in (*EXTENDS, *_IRRELEVANT)
+    ]
+    if different:
+        shown = "; ".join(f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} here" for name in different[:4])
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise ConfigError(
+            f"study {config.name!r} exists with another config ({shown}{more}); a study may only grow in {', '.join(EXTENDS)}: "
+            f"choose another --name, such as --name {config.name}-2"
+        )
+
+
+class Lease:
+    """The right to drive a study on this file system; it goes with the process that holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "driver.lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise ConfigError(f"study folder {folder} is driven by {owner}; wait for it, or stop it first") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class Record:
+    """A study's record in memory, saved by replacing its file whole."""
+
+    folder: Path
+    config: SweepConfig
+    trials: list[TrialState]
+    state: str = "running"
+    created_at: float = field(default_factory=time.time)
+    _saved_at: float = 0.0
+
+    def save(self, force: bool = False) -> None:
+        """Write the record; at most once a second unless forced."""
+        if not force and time.monotonic() - self._saved_at < 1.0:
+            return
+        content = {
+            "schema": SCHEMA,
+            "name": self.config.name,
+            "config": self.config.resolved(),
+            "objectives": dict(self.config.objectives),
+            "created_at": self.created_at,
+            "updated_at": time.time(),
+            "state": self.state,
+            "driver": {"pid": os.getpid(), "host": os.uname().nodename},
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+        aside = self.folder / f".study.{uuid.uuid4().hex}"
+        aside.write_text(json.dumps(content))
+        aside.replace(self.folder / "study.json")
+        self._saved_at = time.monotonic()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append one line to the study's history."""
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {path: leaf for name, entry in value.items() for path, leaf in _flat(entry, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: value}
