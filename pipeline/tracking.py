@@ -12,12 +12,12 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from mlflow.entities import Metric, Param, Run  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.entities import Metric, Param, Run
+from mlflow.tracking import MlflowClient
 
-from fffsweep.pipeline.execute import read_curve  # noqa: E402
-from fffsweep.pipeline.settings import canonical_json  # noqa: E402
-from fffsweep.pipeline.store import Manifest, Store  # noqa: E402
+from fffsweep.pipeline.execute import read_curve
+from fffsweep.pipeline.settings import canonical_json
+from fffsweep.pipeline.store import Manifest, Store
 
 _BATCH = 1000  # metrics that one log_batch call may hold
 _PARAM_LENGTH = 6000

@@ -60,7 +60,8 @@ class TerminalProgress:
 
     def _grid(self, record: Record) -> Table:
         counts = _counts(record)
-        title = f"{record.config.name}: {counts['done']} of {counts['total']} stage runs, {time.monotonic() - self._start:.0f} s, {self._left(record)}"
+        elapsed_s = time.monotonic() - self._start
+        title = f"{record.config.name}: {counts['done']} of {counts['total']} stage runs, {elapsed_s:.0f} s, {self._left(record)}"
         table = Table(title=title, title_justify="left")
         names = list(dict.fromkeys(stage.planned.run.stage for trial in record.trials for stage in trial.stages))
         for column in ("trial", *names, "now"):
