@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ class OptunaStudy:
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
-        self._study.set_metric_names(list(objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(list(objectives))
         self._frozen: dict[str, FrozenTrial] = {
             trial.user_attrs[_TRIAL]: trial for trial in self._study.trials if _TRIAL in trial.user_attrs
         }
@@ -45,13 +48,11 @@ class OptunaStudy:
 
     def tell(self, trial: str, values: Sequence[float]) -> None:
         """Record the objective values of a finished trial; told twice, the first stands."""
-        if self._frozen[trial].state == TrialState.RUNNING:
-            self._study.tell(self._frozen[trial].number, list(values))
+        self._study.tell(self._frozen[trial].number, list(values), skip_if_finished=True)
 
     def fail(self, trial: str) -> None:
         """Record that a trial failed."""
-        if self._frozen[trial].state == TrialState.RUNNING:
-            self._study.tell(self._frozen[trial].number, state=TrialState.FAIL)
+        self._study.tell(self._frozen[trial].number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def sqlite_url(path: Path) -> str:

@@ -1,0 +1,82 @@
+"""MLflow as a projection: complete, nested, and the same however often it is told."""
+
+import json
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from fffsweep.pipeline.stage import StageRun
+from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.tracking import Tracker
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def published(store, tmp_path):
+    prepare = StageRun("prepare", 1, {"source": "wheels"}, 0, {}, {"data": "abc"})
+    output = tmp_path / "output"
+    output.mkdir()
+    store.publish(prepare, {}, output, {}, 1.0, 1.0)
+    (output / "curve.jsonl").write_text("".join(json.dumps({"step": n, "loss": 9.0 - n, "validation_loss": None}) + "\n" for n in range(3)))
+    pretrain = StageRun("pretrain", 1, {"model": {"hidden_size": 8}, "tokens": 10}, 7, {"prepare": prepare.key})
+    where = {"commit": "c0ffee", "dirty": False, "versions": {"torch": "2"}, "device": "cpu", "machine": {"cpu": "x"}}
+    return store.publish(pretrain, {"mlm/validation_loss": 6.5}, output, where, 100.0, 2.5)
+
+
+def runs_of(uri, experiment):
+    client = MlflowClient(tracking_uri=uri)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def test_a_trial_is_a_parent_run_and_its_stages_are_children(uri, store, tmp_path):
+    manifest = published(store, tmp_path)
+    for _ in range(2):  # a second driver tells everything again and changes nothing
+        tracker = Tracker(uri, "nested", tmp_path / "artifacts")
+        tracker.start_trial("1x8", {"name": "nested", "model": {"depth": 8}}, {"layout": "1x8"})
+        tracker.log_stage("1x8", "pretrain/0", manifest, store)
+        tracker.finish_trial("1x8", {"quality/avg": 50.0})
+        tracker.close()
+    runs = {run.info.run_name: run for run in runs_of(uri, "nested")}
+    assert sorted(runs) == ["1x8", "pretrain/0"]
+    parent, child = runs["1x8"], runs["pretrain/0"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert parent.data.metrics == {"quality/avg": 50.0}
+    assert parent.data.params["model.depth"] == "8"
+    assert child.data.metrics == {"mlm/validation_loss": 6.5, "curve/loss": 7.0}
+    assert child.data.params == {"model.hidden_size": "8", "tokens": "10"}
+    expected = {"seed": "7", "commit": "c0ffee", "dirty": "False", "device": "cpu", "data": "abc", "fffsweep.key": manifest.key}
+    assert {name: child.data.tags[name] for name in expected} == expected
+    assert child.info.end_time - child.info.start_time == 2500
+    curve = MlflowClient(tracking_uri=uri).get_metric_history(child.info.run_id, "curve/loss")
+    assert [(point.step, point.value) for point in curve] == [(0, 9.0), (1, 8.0), (2, 7.0)]
+
+
+def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_path):
+    Tracker(uri, "killed").start_trial("1x8", {}, {})
+    second = Tracker(uri, "killed")
+    second.close()
+    assert [run.info.status for run in runs_of(uri, "killed")] == ["KILLED"]
+    third = Tracker(uri, "killed")
+    third.start_trial("1x8", {}, {})
+    third.finish_trial("1x8", {"quality/avg": 1.0})
+    third.close()
+    assert [run.info.status for run in runs_of(uri, "killed")] == ["FINISHED"]
+
+
+def test_a_failed_stage_is_a_failed_run_with_its_reason(uri, tmp_path):
+    tracker = Tracker(uri, "failed")
+    tracker.start_trial("1x8", {}, {})
+    tracker.log_failure("1x8", "pretrain/0", "k" * 40, "ValueError: loss is NaN")
+    tracker.finish_trial("1x8", {}, "FAILED")
+    runs = {run.info.run_name: run for run in runs_of(uri, "failed")}
+    assert {run.info.status for run in runs.values()} == {"FAILED"}
+    assert runs["pretrain/0"].data.tags["error"] == "ValueError: loss is NaN"
