@@ -61,11 +61,11 @@ def test_a_trial_is_a_parent_run_and_its_stages_are_children(uri, store, tmp_pat
 
 
 def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_path):
-    Tracker(uri, "killed").start_trial("1x8", {}, {})
-    second = Tracker(uri, "killed")
+    Tracker(uri, "killed", tmp_path).start_trial("1x8", {}, {})
+    second = Tracker(uri, "killed", tmp_path)
     second.close()
     assert [run.info.status for run in runs_of(uri, "killed")] == ["KILLED"]
-    third = Tracker(uri, "killed")
+    third = Tracker(uri, "killed", tmp_path)
     third.start_trial("1x8", {}, {})
     third.finish_trial("1x8", {"quality/avg": 1.0})
     third.close()
@@ -73,7 +73,7 @@ def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_
 
 
 def test_a_failed_stage_is_a_failed_run_with_its_reason(uri, tmp_path):
-    tracker = Tracker(uri, "failed")
+    tracker = Tracker(uri, "failed", tmp_path)
     tracker.start_trial("1x8", {}, {})
     tracker.log_failure("1x8", "pretrain/0", "k" * 40, "ValueError: loss is NaN")
     tracker.finish_trial("1x8", {}, "FAILED")
