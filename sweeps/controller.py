@@ -25,6 +25,7 @@ from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
 
 _POLL_S = 0.5
+_RETRY_WAIT_S = 2.0  # doubles with every attempt
 _DONE = ("complete", "reused")
 
 
@@ -77,6 +78,11 @@ def check_writable(results: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"results folder {results}: cannot be written ({error.strerror}); choose another with --results") from None
+
+
+def last_line(message: str | None) -> str:
+    """What a traceback comes down to."""
+    return ((message or "").strip().splitlines() or ["no message"])[-1]
 
 
 class Controller:
@@ -215,12 +221,11 @@ class Controller:
             self._store.forget(event.damaged_key)
             self._set_state(event.damaged_key, "waiting")
         if retry:
-            self._listener.say(f"{planned.label}: {event.message.splitlines()[-1]}; trying again")
-            self._not_before[event.key] = time.monotonic() + min(2.0 ** self._attempts[event.key], 60.0)
+            self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")
+            self._not_before[event.key] = time.monotonic() + min(_RETRY_WAIT_S * 2 ** (self._attempts[event.key] - 1), 60.0)
             self._set_state(event.key, "waiting")
             return
-        reason = (event.message.strip().splitlines() or ["no message"])[-1]
-        self._listener.say(f"{planned.label} failed: {reason}")
+        self._listener.say(f"{planned.label} failed: {last_line(event.message)}")
         for trial, stage in self._by_key[event.key]:
             stage.state, stage.error, stage.worker = "failed", event.message, event.worker
             self._ledger.stage_failed(trial, stage)
@@ -249,7 +254,7 @@ class Controller:
                 user, state = self._by_key[key][0]
                 if state.state == "failed":
                     whose = "" if user is trial else f" of trial {user.plan.spec.id}"
-                    yield f"{state.planned.label}{whose} failed: {(state.error or '').strip().splitlines()[-1:]}"
+                    yield f"{state.planned.label}{whose} failed: {last_line(state.error)}"
 
     def _planned(self, key: str):  # type: ignore[no-untyped-def]
         return self._by_key[key][0][1].planned

@@ -70,7 +70,8 @@ class TrialState:
 
 def study_folder(results: Path, name: str) -> Path:
     """Folder of a study's record. Whatever a name holds, it is one path component and stays below `studies`."""
-    return results / "studies" / quote(name, safe=" ").replace(" ", "%20").replace(".", "%2E", 1 if name.startswith(".") else 0)
+    component = quote(name, safe="")
+    return results / "studies" / (f"%2E{component[1:]}" if component.startswith(".") else component)
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,235 @@
+"""The driver: shared stages run once, faults are told apart, a killed or stopped sweep goes on. Toy stages, executed inline."""
+
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from fffsweep.kernels.shape import parse_layout
+from fffsweep.pipeline import stage as stage_module
+from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
+from fffsweep.pipeline.settings import Settings
+from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
+from fffsweep.sweeps.config import ConfigError
+from fffsweep.sweeps.controller import Controller
+from fffsweep.sweeps.graph import PlannedStage, TrialPlan
+from fffsweep.sweeps.optuna_study import sqlite_url
+from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
+
+OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}
+
+
+class ToyConfig(Settings):
+    label: str = ""
+
+
+class Toy:
+    """Writes its label; misbehaves as `faults` says, once for each entry."""
+
+    name: ClassVar[str] = "toy"
+    version: ClassVar[int] = 1
+    sources: ClassVar[tuple[str, ...]] = ()
+    Config: ClassVar[type[Settings]] = ToyConfig
+    ran: ClassVar[list[str]] = []
+    faults: ClassVar[dict[str, list[Exception | type]]] = {}
+
+    def resources(self, config):
+        return Resources(exclusive=config.label.startswith("benchmark"))
+
+    def fingerprints(self, config):
+        return {}
+
+    def run(self, config, context):
+        for role, folder in context.inputs.items():
+            assert (folder / "label").read_text(), role
+        if Toy.faults.get(config.label):
+            raise Toy.faults[config.label].pop(0)
+        Toy.ran.append(config.label)
+        (context.output / "label").write_text(config.label)
+        return {"quality/avg": float(len(config.label)), "ff/cpu/rel_time": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Toy.__module__])
+    monkeypatch.setitem(stage_module._STAGES, "toy", f"{__name__}:Toy")
+    monkeypatch.setattr(Toy, "ran", [])
+    monkeypatch.setattr(Toy, "faults", {})
+
+
+class Quiet:
+    def __init__(self):
+        self.lines = []
+
+    def update(self, record, queued):
+        assert queued >= 0
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def planned(label, *inputs, exclusive=False):
+    run = StageRun("toy", 1, {"label": label}, 0, {stage.label: stage.run.key for stage in inputs})
+    return PlannedStage(label, run, Resources(exclusive=exclusive))
+
+
+def plans_of(layouts):
+    prepare = planned("prepare")
+    reference = planned(f"pretrain {layouts[0]}", prepare)
+    plans = []
+    for layout in layouts:
+        shape = parse_layout(layout)
+        pretrain = planned(f"pretrain {layout}", prepare)
+        benchmark = planned(f"benchmark {layout}", pretrain, reference, exclusive=True)
+        model = ModelSettings(hidden_size=8, num_heads=1, feedforward=FeedForward(variant="fff", trees=shape.trees, depth=shape.depth))
+        spec = SimpleNamespace(id=layout, layout=layout, controls=(), in_study=True, params={}, model=model)
+        plans.append(TrialPlan(spec, (prepare, pretrain, benchmark, planned(f"collect {layout}", pretrain, benchmark))))
+    return plans
+
+
+class ToySweep(SimpleNamespace):
+    def resolved(self):
+        return {"name": self.name, "stages": {"toy": 1}}
+
+
+def drive(tmp_path, layouts=("4x1", "2x2"), retries=1):
+    config = ToySweep(name="toy study", description="", objectives=OBJECTIVES, retries=retries)
+    folder = study_folder(tmp_path, config.name)
+    lease = Lease(folder)
+    try:
+        listener = Quiet()
+        outcome = Controller(config, plans_of(list(layouts)), tmp_path, folder, listener, "inline", None, load(folder)).run()
+    finally:
+        lease.release()
+    return outcome, listener, load(folder)
+
+
+def runs_of(tmp_path):
+    client = MlflowClient(tracking_uri=sqlite_url(tmp_path / "mlflow.db"))
+    return client.search_runs([client.get_experiment_by_name("toy study").experiment_id])
+
+
+def test_shared_stages_run_once_and_upstream_runs_first(tmp_path):
+    outcome, _, record = drive(tmp_path)
+    assert outcome.state == "complete"
+    assert outcome.num_run == len(Toy.ran) == 7
+    assert max(Counter(Toy.ran).values()) == 1
+    assert Toy.ran.index("prepare") < Toy.ran.index("pretrain 4x1") < Toy.ran.index("benchmark 2x2") < Toy.ran.index("collect 2x2")
+    assert [trial["state"] for trial in record["trials"]] == ["complete"] * 2
+    assert [trial["number"] for trial in record["trials"]] == [0, 1]
+
+
+def test_again_everything_is_reused_and_nothing_is_told_twice(tmp_path):
+    drive(tmp_path)
+    num_runs = len(runs_of(tmp_path))
+    outcome, listener, record = drive(tmp_path)
+    assert len(Toy.ran) == 7
+    assert (outcome.num_run, outcome.num_reused) == (0, 7)
+    assert any("reused 7 of 7" in line for line in listener.lines)
+    assert {stage["state"] for trial in record["trials"] for stage in trial["stages"]} == {"reused"}
+    assert len(runs_of(tmp_path)) == num_runs == 2 + 2 * 4
+    assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
+
+
+def test_an_extended_study_runs_only_what_is_new(tmp_path):
+    drive(tmp_path)
+    Toy.ran.clear()
+    outcome, _, record = drive(tmp_path, layouts=("4x1", "2x2", "1x3"))
+    assert sorted(Toy.ran) == ["benchmark 1x3", "collect 1x3", "pretrain 1x3"]
+    assert outcome.state == "complete"
+    assert [trial["number"] for trial in record["trials"]] == [0, 1, 2]
+
+
+def test_a_code_fault_fails_its_trial_alone_and_is_not_tried_again(tmp_path):
+    Toy.faults["pretrain 2x2"] = [ValueError("loss is NaN")]
+    outcome, _, record = drive(tmp_path)
+    assert outcome.failed_trials == ("2x2",)
+    assert outcome.state == "complete"
+    good, bad = record["trials"]
+    assert good["state"] == "complete"
+    assert bad["state"] == "failed"
+    assert "loss is NaN" in bad["error"]
+    assert Counter(run.info.status for run in runs_of(tmp_path)) == {"FINISHED": 6, "FAILED": 2}
+    Toy.ran.clear()
+    outcome, _, record = drive(tmp_path)  # mended: only what was missing is run
+    assert outcome.failed_trials == ()
+    assert sorted(Toy.ran) == ["benchmark 2x2", "collect 2x2", "pretrain 2x2"]
+
+
+def test_a_failed_reference_fails_whoever_is_measured_against_it(tmp_path):
+    Toy.faults["pretrain 4x1"] = [ValueError("broken")]
+    outcome, _, record = drive(tmp_path)
+    assert outcome.failed_trials == ("4x1", "2x2")
+    assert outcome.state == "failed"
+    assert "of trial 4x1" in record["trials"][1]["error"]
+
+
+def test_an_infrastructure_fault_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    Toy.faults["pretrain 2x2"] = [ConnectionError("node gone")]
+    outcome, listener, _ = drive(tmp_path)
+    assert (outcome.state, outcome.failed_trials) == ("complete", ())
+    assert any("node gone; trying again" in line for line in listener.lines)
+
+
+def test_tries_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    Toy.faults["pretrain 2x2"] = [ConnectionError("node gone")] * 3
+    assert drive(tmp_path, retries=1)[0].failed_trials == ("2x2",)
+    assert len(Toy.faults["pretrain 2x2"]) == 1
+
+
+def test_a_stop_request_ends_the_sweep_resumable(tmp_path):
+    Toy.faults["pretrain 2x2"] = [StopRequested()]
+    outcome, _, record = drive(tmp_path)
+    assert outcome.state == record["state"] == "stopped"
+    assert {run.info.status for run in runs_of(tmp_path)} <= {"FINISHED", "KILLED"}
+    assert drive(tmp_path)[0].state == "complete"
+    assert max(Counter(Toy.ran).values()) == 1
+    assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
+
+
+def test_a_damaged_artifact_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    drive(tmp_path)
+    plans = plans_of(["4x1", "2x2", "1x3"])
+    store = tmp_path / "store"
+    manifest = json.loads((store / "manifests" / (key := plans[0].stages[0].run.key)[:2] / f"{key}.json").read_text())
+    sha256 = manifest["artifacts"]["label"]["sha256"]
+    (store / "objects" / sha256[:2] / sha256).write_text("scribble")
+    Toy.ran.clear()
+    outcome, _, _ = drive(tmp_path, layouts=("4x1", "2x2", "1x3"))
+    assert (outcome.state, outcome.failed_trials) == ("complete", ())
+    assert sorted(Toy.ran) == ["benchmark 1x3", "collect 1x3", "prepare", "pretrain 1x3"]
+    assert (store / "objects" / sha256[:2] / sha256).read_text() == "prepare"
+
+
+def test_one_driver_at_a_time(tmp_path):
+    lease = Lease(tmp_path / "study")
+    with pytest.raises(ConfigError, match=r"is driven by process \d+"):
+        Lease(tmp_path / "study")
+    lease.release()
+    Lease(tmp_path / "study").release()
+
+
+def test_a_study_may_grow_but_not_change():
+    def config(**changes):
+        return SimpleNamespace(
+            name="s", resolved=lambda: {"layouts": ["1x8"], "stages": {"pretrain": {"tokens": 10}}, "retries": 1, **changes}
+        )
+
+    stored = {"config": config().resolved()}
+    check_extends(config(layouts=["1x8", "2x7"], retries=3), stored)
+    with pytest.raises(ConfigError, match=r"stages.pretrain.tokens: 10 there, 20 here.*--name s-2"):
+        check_extends(config(stages={"pretrain": {"tokens": 20}}), stored)
+
+
+@pytest.mark.parametrize("name", ["plain", "../escape", "a/b", "..", "<script>", "é", ".hidden", "a b"])
+def test_names_never_become_paths(tmp_path, name):
+    folder = study_folder(tmp_path, name)
+    assert folder.parent == tmp_path / "studies"
+    assert folder.resolve().parent == (tmp_path / "studies").resolve()
