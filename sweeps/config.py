@@ -1,0 +1,270 @@
+"""A sweep's config: what is varied, what every stage does, what counts. `load_config` reads one from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    field_serializer,
+    model_validator,
+)
+
+from fffsweep.kernels.shape import TreeShape, layout_of_width, parse_layout
+from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
+from fffsweep.pipeline.settings import Count, Settings, parse_count, parse_number
+from fffsweep.pipeline.stages.benchmark import BenchmarkConfig
+from fffsweep.pipeline.stages.finetune import FinetuneConfig, FinetuneRecipe
+from fffsweep.pipeline.stages.prepare import PrepareConfig
+from fffsweep.pipeline.stages.pretrain import PretrainConfig, PretrainRecipe
+from fffsweep.sweeps.config_errors import Misfit, explain
+from fffsweep.sweeps.controls import Control, parse_control
+from fffsweep.sweeps.objectives import metrics_of, unknown_metric
+from fffsweep.sweeps.yaml_source import ConfigError, read_source
+
+__all__ = ["ConfigError", "SweepConfig", "load_config"]
+
+StageName = Literal["prepare", "pretrain", "finetune", "benchmark_cpu", "collect"]
+
+
+def _width(value: Any) -> Any:
+    """Whole number of "~4095"."""
+    text = str(value).strip()
+    width = parse_count(text[1:]) if text.startswith("~") else None
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width={value}: expected ~ and a whole number, such as ~4095: the largest layout within 10 % below it is taken")
+    return f"~{width}"
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, int | float | str) else value
+
+
+def _name(value: str) -> str:
+    if not value.strip() or not value.isprintable() or len(value.encode()) > 80:
+        raise ValueError(f"name={value!r}: expected 1 to 80 printable characters")
+    return value
+
+
+Layout = Annotated[
+    str,
+    BeforeValidator(lambda value: parse_layout(value).layout),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+\s*x\s*[0-9]+\s*$", "description": "trees x depth, such as 1x11"}),
+]
+ControlText = Annotated[
+    str,
+    BeforeValidator(lambda value: parse_control(value).text),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*(none|reference_dense\s*\(.+\)|(dense_active|random_routing)(\s*\(.+\))?)\s*$"}),
+]
+Width = Annotated[str, BeforeValidator(_width), WithJsonSchema({"type": "string", "pattern": r"^\s*~"})]
+Name = Annotated[str, AfterValidator(_name)]
+
+
+def _like(name: str, base: type[Settings], without: Iterable[str] = (), optional: bool = False) -> type[Settings]:
+    """Block with the fields of `base` except `without`; with `optional`, every field may be left out."""
+    fields: dict[str, Any] = {}
+    for field_name, info in base.model_fields.items():
+        if field_name not in without:
+            info = copy(info)
+            if optional:
+                info.default, info.default_factory = None, None
+            fields[field_name] = (info.annotation, info)
+    return create_model(name, __base__=Settings, __doc__=base.__doc__, **fields)
+
+
+if TYPE_CHECKING:
+    FeedForwardDefaults = Settings
+    FinetuneOverride = Settings
+else:
+    FeedForwardDefaults = _like("FeedForwardDefaults", FeedForward, without=("variant", "trees", "depth"))
+    FinetuneOverride = _like("FinetuneOverride", FinetuneRecipe, optional=True)
+
+
+class SweepModel(ModelSettings):
+    """The encoder that all trials share; `feedforward` holds what every layout has in common."""
+
+    feedforward: FeedForwardDefaults = FeedForwardDefaults()  # type: ignore[assignment]
+
+
+class SweepFinetune(FinetuneRecipe):
+    """Finetuning: the recipe, the tasks it is run on, and what single tasks do otherwise."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    overrides: dict[str, FinetuneOverride] = Field(default_factory=dict)
+
+    @field_serializer("overrides")
+    def _only_what_was_set(self, overrides: dict[str, Settings]) -> dict[str, Any]:
+        return {task: override.model_dump(mode="json", exclude_unset=True) for task, override in overrides.items()}
+
+
+class Stages(Settings):
+    """Settings of each stage. Without `benchmark_cpu` nothing is timed."""
+
+    prepare: PrepareConfig
+    pretrain: PretrainRecipe
+    finetune: SweepFinetune
+    benchmark_cpu: BenchmarkConfig | None = None
+
+
+class Seeds(Settings):
+    """How many pretrainings (replicates) a trial has, and how many finetunings of each task a replicate has."""
+
+    pretrain: Count = Field(default=1, ge=1)
+    finetune: Count = Field(default=1, ge=1)
+
+
+class SweepConfig(Settings):
+    """One sweep. The space is `layouts`, or every `depth` at about one `width`.
+
+    retries: how often a stage run is tried again after a fault of the machine; timeouts: seconds a run of a stage may take.
+    """
+
+    name: Name
+    description: str = ""
+    model: SweepModel
+    layouts: list[Layout] | None = None
+    depth: Annotated[list[Annotated[int, Field(ge=0), BeforeValidator(parse_count)]], BeforeValidator(_listed)] | None = None
+    width: Width | None = None
+    controls: list[ControlText] = Field(default_factory=list)
+    stages: Stages
+    objectives: dict[str, Literal["maximize", "minimize"]] = Field(min_length=1)
+    sampler: Literal["grid"] = "grid"
+    seeds: Seeds = Seeds()
+    retries: Count = Field(default=2, ge=0)
+    timeouts: dict[StageName, Annotated[float, Field(gt=0), BeforeValidator(parse_number)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SweepConfig:
+        self._check_space()
+        self._check_controls()
+        self._check_tasks()
+        for metric in self.objectives:
+            if metric not in metrics_of(self):
+                raise Misfit(unknown_metric(metric, metrics_of(self)), "objectives", metric)
+        return self
+
+    def _check_space(self) -> None:
+        by_width = self.depth is not None or self.width is not None
+        if self.layouts is not None and by_width:
+            raise Misfit(
+                "layouts together with depth and width: expected one of the two; remove the other", "width" if self.width else "depth"
+            )
+        if by_width and (self.depth is None or self.width is None):
+            given, lacking = ("depth", "width: ~4095") if self.width is None else ("width", "depth: [0, 4, 8]")
+            raise Misfit(f"{given} alone: expected depth and width together; add {lacking}", given)
+        for field, values in (("layouts", self.layouts), ("depth", self.depth)):
+            if values is not None and len(values) == 0:
+                raise Misfit(
+                    f"{field}=[]: the space is empty; expected at least one, such as {'1x11' if field == 'layouts' else '11'}", field
+                )
+            for index, value in enumerate(values or []):
+                if value in (values or [])[:index]:
+                    raise Misfit(f"{field}[{index}]={value}: given twice; keep one", field, index)
+        if self.layouts is None and not by_width:
+            raise Misfit("layouts: missing, so the space is empty; expected a list such as [1x11, 4x9], or depth and width")
+        for index, depth in enumerate(self.depth or []):
+            try:
+                layout_of_width(depth, self.target_width)
+            except ValueError as error:
+                raise Misfit(str(error), "depth", index) from None
+
+    def _check_controls(self) -> None:
+        for index, text in enumerate(self.controls):
+            if text in self.controls[:index]:
+                raise Misfit(f"controls[{index}]={text}: given twice; keep one", "controls", index)
+        references = [index for index, text in enumerate(self.controls) if text.startswith("reference_dense")]
+        if len(references) > 1:
+            raise Misfit(
+                "controls: more than one reference_dense; relative times need a single reference, keep one", "controls", references[1]
+            )
+        if self.stages.benchmark_cpu is not None and not references:
+            raise Misfit(
+                "stages.benchmark_cpu without the control reference_dense: relative times need the layer they are relative to; "
+                "add reference_dense(WIDTH) to controls, or leave benchmark_cpu out",
+                "stages",
+                "benchmark_cpu",
+            )
+
+    def _check_tasks(self) -> None:
+        for task in self.stages.finetune.overrides:
+            if task not in self.task_names:
+                raise Misfit(
+                    f"stages.finetune.overrides.{task}: expected one of the tasks of this sweep: {', '.join(self.task_names)}",
+                    *("stages", "finetune", "overrides", task),
+                )
+        for task in self.task_names:
+            try:
+                self.finetune_config(task)
+            except ValidationError as error:
+                message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise Misfit(f"stages.finetune for task {task}: {message}", "stages", "finetune", "overrides", task) from None
+
+    @property
+    def target_width(self) -> int:
+        """Neurons that every depth is to come near to."""
+        return int((self.width or "~0")[1:])
+
+    @property
+    def shapes(self) -> list[TreeShape]:
+        """Layouts of the space, in the config's order."""
+        if self.layouts is not None:
+            return [parse_layout(layout) for layout in self.layouts]
+        return [layout_of_width(depth, self.target_width) for depth in self.depth or []]
+
+    @property
+    def parsed_controls(self) -> list[Control]:
+        """Controls, each for one layout where it is of a layout."""
+        layouts = [shape.layout for shape in self.shapes]
+        return [single for text in self.controls for single in parse_control(text).over(layouts)]
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Finetuning tasks, in the config's order."""
+        return self.stages.finetune.tasks
+
+    def model_settings(self, variant: str, shape: TreeShape | None = None) -> ModelSettings:
+        """The encoder with this feedforward layer; what a variant does not have is left out of its settings."""
+        layer = {**self.model.feedforward.resolved(), "variant": variant}
+        if shape is not None:
+            layer |= {"trees": shape.trees, "depth": shape.depth}
+        return ModelSettings.model_validate({**self.model.resolved(), "feedforward": layer})
+
+    def pretrain_config(self, model: ModelSettings) -> PretrainConfig:
+        """Config of the pretraining of `model`."""
+        return PretrainConfig.model_validate({**self.stages.pretrain.resolved(), "model": model.resolved()})
+
+    def finetune_config(self, task: str) -> FinetuneConfig:
+        """Config of the finetuning on `task`, the task's overrides applied."""
+        recipe = self.stages.finetune.resolved()
+        overrides = recipe.pop("overrides").get(task, {})
+        del recipe["tasks"]
+        return FinetuneConfig.model_validate({**recipe, **overrides, "task": task})
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = (), name: str | None = None) -> SweepConfig:
+    """The sweep config at `path`; `overrides` are texts `path=value`; `name` replaces the config's, whose default is the file's stem.
+
+    Raises ConfigError: one line with what was got, what is allowed, and the file and line or the override it comes from.
+    """
+    path = Path(path)
+    source = read_source(path, overrides)
+    source.values.setdefault("name", path.stem)
+    if name is not None:
+        source.put(("name",), name, f"--name {name}")
+    _share_defaults(source.values)
+    try:
+        return SweepConfig.model_validate(source.values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source, SweepConfig)) from None
+
+
+def _share_defaults(values: dict[str, Any]) -> None:
+    """Say once what two stages must agree on: the tasks, the sequence length."""
