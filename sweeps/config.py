@@ -64,6 +64,12 @@ ControlText = Annotated[
     BeforeValidator(lambda value: parse_control(value).text),
     WithJsonSchema({"type": "string", "pattern": r"^\s*(none|reference_dense\s*\(.+\)|(dense_active|random_routing)(\s*\(.+\))?)\s*$"}),
 ]
+_DEPTH = {"type": "integer", "minimum": 0}
+Depths = Annotated[
+    list[Annotated[int, Field(ge=0), BeforeValidator(parse_count)]],
+    BeforeValidator(_listed),
+    WithJsonSchema({"anyOf": [_DEPTH, {"type": "array", "items": _DEPTH, "minItems": 1}]}),
+]
 Width = Annotated[str, BeforeValidator(_width), WithJsonSchema({"type": "string", "pattern": r"^\s*~"})]
 Name = Annotated[str, AfterValidator(_name)]
 
@@ -131,7 +137,7 @@ class SweepConfig(Settings):
     description: str = ""
     model: SweepModel
     layouts: list[Layout] | None = None
-    depth: Annotated[list[Annotated[int, Field(ge=0), BeforeValidator(parse_count)]], BeforeValidator(_listed)] | None = None
+    depth: Depths | None = None
     width: Width | None = None
     controls: list[ControlText] = Field(default_factory=list)
     stages: Stages
