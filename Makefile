@@ -71,10 +71,10 @@ clean:
 # --- set-up -------------------------------------------------------------------------------------------------------------------
 
 setup: $(STAMPS)/torch
-	@$(MAKE) --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/native
+	@$(MAKE) --silent --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/native
 
 setup-dev: setup
-	@$(MAKE) --no-print-directory $(STAMPS)/dev
+	@$(MAKE) --silent --no-print-directory $(STAMPS)/dev
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}: expected 3.11 to 3.13; install one and name it, such as make PYTHON=python3.11")'
