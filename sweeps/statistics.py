@@ -70,13 +70,19 @@ def _quantiles(statistics: Floats, probabilities: Floats, num_replicates: int, c
     The plain percentile interval of n values is too narrow by about sqrt((n - 1) / n) and ignores the t law; both are put right by
     taking percentiles farther out. Source: Hesterberg 2015, What Teachers Should Know About the Bootstrap, "expanded percentile".
     """
-    spread = math.sqrt(num_replicates / (num_replicates - 1)) * t_quantile((1 + confidence) / 2, num_replicates - 1)
-    tail = NormalDist().cdf(-spread)
+    tail = _tail(num_replicates, confidence)
     order = np.argsort(statistics, kind="stable")
     cumulative = np.cumsum(probabilities[order])
     low = statistics[order[np.searchsorted(cumulative, tail, side="right")]]
-    high = statistics[order[min(np.searchsorted(cumulative, 1 - tail - 1e-12), len(order) - 1)]]
+    high = statistics[order[min(int(np.searchsorted(cumulative, 1 - tail - 1e-12)), len(order) - 1)]]
     return float(low), float(high)
+
+
+@functools.cache
+def _tail(num_replicates: int, confidence: float) -> float:
+    """Probability to leave out on each side, so that the interval is as wide as a t interval would be."""
+    spread = math.sqrt(num_replicates / (num_replicates - 1)) * t_quantile((1 + confidence) / 2, num_replicates - 1)
+    return NormalDist().cdf(-spread)
 
 
 def t_cdf(t: float, degrees: int) -> float:

@@ -136,7 +136,6 @@ def test_probability_on_front_against_enumeration(num_replicates, num_trials, da
         for trial in range(num_trials):
             signed = means * [1, -1]
             counts[trial] += not any((other >= signed[trial]).all() and (other > signed[trial]).any() for other in signed)
-    ours = probability_on_front(values, [True, False])
     # Weights in halves and quarters make exact means, so ties break alike.
     np.testing.assert_allclose(probability_on_front(values, [True, False]), counts / len(draws), atol=1e-12)
 

@@ -1,0 +1,372 @@
+"""The one way in which tables, figures, reports and pages read a study: its record and the store's manifests, never MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+
+from fffsweep.kernels.shape import TreeShape
+from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
+from fffsweep.sweeps import statistics as stats
+from fffsweep.sweeps.config_errors import nearest_first
+from fffsweep.sweeps.pareto import front
+from fffsweep.sweeps.record import SCHEMA, study_folder
+from fffsweep.sweeps.statistics import Interval
+
+QUALITY, QUALITY_VALIDATION = "quality/avg", "quality/validation_avg"
+BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseline_validation_avg"}
+REL_TIME = "ff/cpu/rel_time"
+FINISHED = ("complete", "reused")
+_POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
+
+
+class StudyNotFound(ValueError):
+    """No study of that name in the results folder."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and how sure it is; `interval` is None where one replicate gives none."""
+
+    value: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One benchmark point of the layer timings."""
+
+    label: str
+    tokens: int
+    dtype: str
+    threads: int
+    mode: str
+
+
+class TrialView:
+    """One trial of a study: its place in the space, how far it is, and what it measured."""
+
+    def __init__(self, record: dict[str, Any], store: Store) -> None:
+        self._store = store
+        self.id: str = record["id"]
+        self.layout: str | None = record["layout"]
+        self.controls: tuple[str, ...] = tuple(record["controls"])
+        self.in_study: bool = record["in_study"]
+        self.number: int | None = record["number"]
+        self.params: dict[str, Any] = record["params"]
+        self.model: dict[str, Any] = record["model"]
+        self.state: str = record["state"]
+        self.error: str | None = record["error"]
+        self.stages: list[dict[str, Any]] = record["stages"]
+        self.collect_key: str | None = record["collect_key"]
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the trial's `collect` run; empty until it has one."""
+        if self.collect_key is None:
+            return {}
+        try:
+            return _manifest(self._store.root, self.collect_key).metrics
+        except KeyError:
+            return {}
+
+    @property
+    def is_overlay(self) -> bool:
+        """Drawn beside the front instead of competing for it."""
+        return not self.in_study
+
+    @property
+    def variant(self) -> str:
+        """`dense`, `fff`, `none` or `random_routing`."""
+        return str(self.model["feedforward"]["variant"])
+
+    @cached_property
+    def shape(self) -> TreeShape | None:
+        """Trees and depth; None without a feedforward layer."""
+        layer = self.model["feedforward"]
+        return None if layer["variant"] == "none" else TreeShape(int(layer["trees"]), int(layer["depth"]))
+
+    def has_role(self, kind: str, layout: str | None = None) -> bool:
+        """Whether the trial is the control `kind`, of `layout` if one is given."""
+        return kind in self.controls or (f"{kind}({layout})" in self.controls if layout else False)
+
+    def value(self, metric: str) -> float | None:
+        """Mean over the replicates; None if the trial has no such metric yet."""
+        return self.metrics.get(metric)
+
+    def replicates(self, metric: str) -> dict[int, float]:
+        """Replicate -> value."""
+        prefix = f"{metric}/"
+        found = {name[len(prefix) :]: value for name, value in self._by_prefix(prefix)}
+        return {int(number): value for number, value in found.items() if number.isdigit()}
+
+    def _by_prefix(self, prefix: str) -> Iterator[tuple[str, float]]:
+        number = 0
+        while (name := f"{prefix}{number}") in self.metrics:
+            yield name, self.metrics[name]
+            number += 1
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Value of a metric with its bootstrap interval over the replicates; None if the trial has no such metric."""
+        value = self.value(metric)
+        return None if value is None else Estimate(value, stats.mean_interval(list(self.replicates(metric).values())))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Metrics without the values of single replicates."""
+        return {name: value for name, value in self.metrics.items() if name.rpartition("/")[0] not in self.metrics}
+
+    def stage_manifest(self, label: str) -> Manifest | None:
+        """Manifest of a finished stage run by its label, such as `pretrain/0`; None if it has none."""
+        for stage in self.stages:
+            if stage["label"] == label and stage["state"] in FINISHED:
+                try:
+                    return _manifest(self._store.root, stage["key"])
+                except KeyError:
+                    return None
+        return None
+
+    def artifact(self, label: str, name: str) -> Path | None:
+        """Path of an artifact of a finished stage run, checksum verified; None if it has none or it is damaged."""
+        manifest = self.stage_manifest(label)
+        if manifest is None or name not in manifest.artifacts:
+            return None
+        try:
+            return self._store.read(manifest, name)
+        except DamagedArtifact:
+            return None
+
+    def curve(self, replicate: int) -> list[dict[str, Any]]:
+        """Logged steps of a replicate's pretraining."""
+        path = self.artifact(f"pretrain/{replicate}", "curve.jsonl")
+        return [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
+
+    def tree_health(self, replicate: int) -> dict[str, Any] | None:
+        """Left turns, leaf usage and dead nodes of a replicate's trained trees; None without trees."""
+        path = self.artifact(f"pretrain/{replicate}", "tree_health.json")
+        return None if path is None else json.loads(path.read_text())
+
+    @property
+    def num_finished(self) -> int:
+        return sum(stage["state"] in FINISHED for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class FrontEntry:
+    """A trial on the front; `p_front` is None where one replicate leaves it undecided."""
+
+    trial: TrialView
+    p_front: float | None
+
+
+class StudyView:
+    """A study as it stands: immutable; `load_study` gives another one when the record has changed."""
+
+    def __init__(self, results: Path, record: dict[str, Any]) -> None:
+        self.results = results
+        self.store = Store(results / "store")
+        self.name: str = record["name"]
+        self.config: dict[str, Any] = record["config"]
+        self.state: str = record["state"]
+        self.driver: dict[str, Any] = record.get("driver") or {}
+        self.created_at: float = record["created_at"]
+        self.updated_at: float = record["updated_at"]
+        self.objectives: dict[str, str] = record["objectives"]
+        self.trials = [TrialView(trial, self.store) for trial in record["trials"]]
+
+    @property
+    def folder(self) -> Path:
+        return study_folder(self.results, self.name)
+
+    @property
+    def description(self) -> str:
+        return str(self.config.get("description") or "")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Finetuning tasks, in the config's order."""
+        return list(self.config.get("stages", {}).get("finetune", {}).get("tasks", []))
+
+    @property
+    def num_replicates(self) -> int:
+        """Pretraining seeds of every trial."""
+        return int(self.config.get("seeds", {}).get("pretrain", 1))
+
+    @property
+    def maximize(self) -> list[bool]:
+        return [direction == "maximize" for direction in self.objectives.values()]
+
+    @cached_property
+    def finished(self) -> list[TrialView]:
+        """Trials that have their collected metrics."""
+        return [trial for trial in self.trials if trial.metrics]
+
+    @cached_property
+    def reference(self) -> TrialView | None:
+        """The finished trial in the role reference_dense."""
+        return next((trial for trial in self.finished if trial.has_role("reference_dense")), None)
+
+    @cached_property
+    def no_feedforward(self) -> TrialView | None:
+        """The finished control without feedforward layers."""
+        return next((trial for trial in self.finished if trial.variant == "none"), None)
+
+    def trial(self, trial_id: str) -> TrialView:
+        """Raises ValueError with the trials there are, nearest first."""
+        for trial in self.trials:
+            if trial.id == trial_id:
+                return trial
+        known = nearest_first(trial_id, [trial.id for trial in self.trials])
+        raise ValueError(f"trial {trial_id!r} of study {self.name!r}: expected one of {known}")
+
+    def control(self, kind: str, layout: str | None) -> TrialView | None:
+        """The finished trial that plays the control `kind` for `layout`."""
+        return next((trial for trial in self.finished if trial.has_role(kind, layout)), None)
+
+    def competing(self, objectives: Sequence[str]) -> list[TrialView]:
+        """Finished trials of the study itself that have every one of these metrics."""
+        return [trial for trial in self.finished if trial.in_study and all(name in trial.metrics for name in objectives)]
+
+    def front(self, objectives: Sequence[str] | None = None, maximize: Sequence[bool] | None = None) -> list[FrontEntry]:
+        """Non-dominated trials in the order of the first objective, best first; by default over the study's objectives."""
+        names = tuple(objectives or self.objectives)
+        directions = tuple(self.maximize if maximize is None else maximize)
+        trials, chances = self.competing(names), self.front_chances(names, directions)
+        if not trials:
+            return []
+        on_front = front([[trial.metrics[name] for name in names] for trial in trials], directions)
+        entries = [FrontEntry(trial, chances.get(trial.id)) for trial, member in zip(trials, on_front, strict=True) if member]
+        sign = -1 if directions[0] else 1
+        return sorted(entries, key=lambda entry: sign * entry.trial.metrics[names[0]])
+
+    def front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
+        """Probability of being on the front, by trial; empty where there are fewer than two common replicates."""
+        cache: dict[Any, dict[str, float]] = self.__dict__.setdefault("_chances", {})
+        if (objectives, maximize) not in cache:
+            cache[objectives, maximize] = self._front_chances(objectives, maximize)
+        return cache[objectives, maximize]
+
+    def _front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
+        trials = self.competing(objectives)
+        columns = [[trial.replicates(name) for name in objectives] for trial in trials]
+        shared = stats.common_replicates([values for row in columns for values in row])
+        if len(shared) < 2:
+            return {}
+        values = np.array([[[column[replicate] for column in row] for replicate in shared] for row in columns])
+        chances = stats.probability_on_front(values, maximize)
+        return {} if chances is None else {trial.id: float(chance) for trial, chance in zip(trials, chances, strict=True)}
+
+    def paired(self, ours: TrialView, theirs: TrialView, metric: str) -> tuple[list[float], list[float]]:
+        """Values of two trials on the replicates that both have."""
+        mine, others = ours.replicates(metric), theirs.replicates(metric)
+        shared = stats.common_replicates([mine, others])
+        return [mine[number] for number in shared], [others[number] for number in shared]
+
+    def difference(self, ours: TrialView, theirs: TrialView, metric: str) -> stats.Difference | None:
+        """Paired difference of a metric; None if one of them lacks it."""
+        pairs = self.paired(ours, theirs, metric)
+        return stats.difference(*pairs) if pairs[0] else None
+
+    def retention(self, trial: TrialView, metric: str = QUALITY) -> Estimate | None:
+        """mean(trial) / mean(reference_dense) on the same seeds; None without a reference, or where its mean is not positive."""
+        if self.reference is None or metric not in trial.metrics or metric not in self.reference.metrics:
+            return None
+        ours, theirs = self.paired(trial, self.reference, metric)
+        if not ours or sum(theirs) <= 0:
+            return None
+        return Estimate(sum(ours) / sum(theirs), stats.ratio_interval(ours, theirs))
+
+    def flop_limit(self, trial: TrialView) -> float | None:
+        """Width of the reference layer over the trial's active width: the speed-up that arithmetic alone allows."""
+        reference = self.reference.shape if self.reference else None
+        return None if reference is None or trial.shape is None else reference.width / trial.shape.active_width
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Benchmark points that some trial was timed at, by tokens."""
+        names = {name for trial in self.finished for name in trial.metrics if name.endswith("/rel_time")}
+        found = [match for name in names if (match := _POINT.fullmatch(name))]
+        points = [Point(match[0].split("/")[2], int(match[1]), match[2], int(match[3]), match[4]) for match in found]
+        return sorted(points, key=lambda point: (point.mode, point.dtype, point.threads, point.tokens))
+
+    @cached_property
+    def progress(self) -> dict[str, int]:
+        """Stage runs by state, each key counted once; `total` with them."""
+        states = {stage["key"]: stage["state"] for trial in self.trials for stage in trial.stages}
+        counts: dict[str, int] = {"total": len(states)}
+        for state in states.values():
+            counts[state] = counts.get(state, 0) + 1
+        counts["finished"] = sum(counts.get(state, 0) for state in FINISHED)
+        return counts
+
+    @cached_property
+    def compute_s(self) -> float:
+        """Seconds of all finished stage runs, shared ones counted once."""
+        return sum({stage["key"]: stage["duration_s"] or 0.0 for trial in self.trials for stage in trial.stages}.values())
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the results come from: values that differ between manifests are listed beside each other."""
+        manifests = [trial.stage_manifest("pretrain/0") for trial in self.finished[:50]]
+        found = [manifest for manifest in manifests if manifest is not None]
+        prepared = next((m for trial in self.finished[:1] if (m := trial.stage_manifest("prepare"))), None)
+        commits = {
+            f"{m.provenance.get('commit') or 'unknown'}{' (with local changes)' if m.provenance.get('dirty') else ''}" for m in found
+        }
+        machines = [json.dumps(m.provenance.get("machine", {}), sort_keys=True) for m in found]
+        return {
+            "commits": sorted(commits),
+            "versions": found[0].provenance.get("versions", {}) if found else {},
+            "machines": [json.loads(text) for text in dict.fromkeys(machines)],
+            "devices": sorted({str(m.provenance.get("device", "cpu")) for m in found}),
+            "data": prepared.run.fingerprints.get("data") if prepared else None,
+            "seeds": self.config.get("seeds", {}),
+        }
+
+    def events(self, last: int = 50) -> list[dict[str, Any]]:
+        """The last lines of the study's history."""
+        try:
+            lines = (self.folder / "events.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines[-last:]]
+
+
+def load_study(results: Path, name: str) -> StudyView:
+    """The study as its record stands now; the same object until the record changes. Raises StudyNotFound with those there are."""
+    results = Path(results)
+    path = study_folder(results, name) / "study.json"
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        names = list_studies(results)
+        known = f"expected one of {nearest_first(name, names)}" if names else "there is none yet; `fffsweep run CONFIG` makes one"
+        raise StudyNotFound(f"study {name!r} in {results}: {known}") from None
+    return _load(results.resolve(), path, stat.st_mtime_ns, stat.st_size)
+
+
+def list_studies(results: Path) -> list[str]:
+    """Names of the studies in a results folder."""
+    return sorted(unquote(path.parent.name) for path in (Path(results) / "studies").glob("*/study.json"))
+
+
+@lru_cache(maxsize=16)
+def _load(results: Path, path: Path, mtime_ns: int, num_bytes: int) -> StudyView:
+    record = json.loads(path.read_text())
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it")
+    return StudyView(results, record)
+
+
+@lru_cache(maxsize=50_000)
+def _manifest(root: Path, key: str) -> Manifest:
+    """Manifests never change, so one that was read stays read."""
+    return Store(root).get(key)

@@ -1,0 +1,111 @@
+"""The results table as rows of text, the same in the terminal, in LaTeX and on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fffsweep.dashboards.queries import BASELINE, QUALITY, QUALITY_VALIDATION, REL_TIME, Estimate, StudyView, TrialView
+from fffsweep.sweeps.statistics import confidence_reached
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `title` as short as a terminal needs, `explanation` as long as a reader does."""
+
+    key: str
+    title: str
+    explanation: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial's cells, by column."""
+
+    trial: TrialView
+    cells: dict[str, str]
+    on_front: bool
+
+
+COLUMNS = (
+    Column("front", "", "* marks the Pareto front of the study's objectives", numeric=False),
+    Column("trial", "trial", "trees x depth, or the control", numeric=False),
+    Column("role", "role", "control that the trial plays", numeric=False),
+    Column("active", "active", "neurons used for one token, of those stored"),
+    Column("quality", "quality", "quality/avg: mean of the tasks' primary metrics x 100, on the rows held out for selection"),
+    Column("above", "above base", "quality above the majority/mean baseline"),
+    Column("validation", "validation", "the same mean on the official validation splits, reported only"),
+    Column("retention", "retention %", "quality over that of reference_dense, at matched training tokens"),
+    Column("rel_time", "rel. time", "ff/cpu/rel_time: time of the feedforward layer over the reference dense layer's"),
+    Column("speedup", "speed-up", "1 / relative time"),
+    Column("limit", "limit", "speed-up that the number of multiplications would allow"),
+    Column("p_front", "P(front)", "probability of being on the front, from the replicates"),
+)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for people; small ones keep their significant digits."""
+    if value is None:
+        return ABSENT
+    return f"{value:.3g}" if 0 < abs(value) < 0.1 ** (digits - 1) else f"{value:.{digits}f}"
+
+
+def with_interval(estimate: Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
+    """`80.12 [79.5, 81.0]`; the interval is left out where there is none."""
+    if estimate is None:
+        return ABSENT
+    shown = number(scale * estimate.value, digits)
+    if estimate.interval is None:
+        return shown
+    low, high = (number(scale * bound, digits) for bound in estimate.interval)
+    return f"{shown} [{low}, {high}]"
+
+
+def rows(view: StudyView, trials: Sequence[TrialView] | None = None) -> list[Row]:
+    """Rows of `trials`, by default all of the study in its own order."""
+    front = {entry.trial.id for entry in view.front()}
+    chances = view.front_chances(tuple(view.objectives), tuple(view.maximize))
+    return [_row(view, trial, front, chances) for trial in (view.trials if trials is None else trials)]
+
+
+def _row(view: StudyView, trial: TrialView, front: set[str], chances: dict[str, float]) -> Row:
+    cells = {
+        "front": "*" if trial.id in front else "",
+        "trial": trial.id,
+        "role": ", ".join(role for role in trial.controls if role != trial.id),
+        "active": "0" if trial.shape is None else f"{trial.shape.active_width} of {trial.shape.width}",
+    }
+    if not trial.metrics:
+        state = trial.state if trial.error is None else f"{trial.state}: {trial.error}"
+        return Row(trial, {**cells, "quality": state, **{c.key: "" for c in COLUMNS if c.key not in (*cells, "quality")}}, False)
+    quality, baseline = trial.value(QUALITY), trial.value(BASELINE[QUALITY])
+    rel_time = trial.value(REL_TIME)
+    cells |= {
+        "quality": with_interval(trial.estimate(QUALITY)),
+        "above": ABSENT if quality is None or baseline is None else f"{quality - baseline:+.2f}",
+        "validation": with_interval(trial.estimate(QUALITY_VALIDATION)),
+        "retention": with_interval(view.retention(trial), 1, 100),
+        "rel_time": with_interval(trial.estimate(REL_TIME), 3) if rel_time != 0 else "no layer",
+        "speedup": f"{1 / rel_time:.2f}x" if rel_time else ABSENT,
+        "limit": number(view.flop_limit(trial), 1),
+        "p_front": number(chances.get(trial.id)),
+    }
+    return Row(trial, cells, trial.id in front)
+
+
+def used_columns(shown: Sequence[Row]) -> list[Column]:
+    """Columns in which some row says something."""
+    return [column for column in COLUMNS if any(row.cells[column.key] not in ("", ABSENT) for row in shown)]
+
+
+def interval_note(view: StudyView) -> str:
+    """What the brackets mean in this study."""
+    count = view.num_replicates
+    if count < 2:
+        return "One replicate (pretraining seed): no intervals and no probability of being on the front. Set seeds.pretrain to 2 or more."
+    reached = confidence_reached(count)
+    note = f"[low, high]: 95 % bootstrap interval over {count} replicates (pretraining seeds), paired by seed"
+    return f"{note}." if reached >= 0.95 else f"{note}; so few can carry {100 * reached:.0f} % at most."
