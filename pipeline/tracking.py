@@ -5,7 +5,9 @@ Written by one process, the driver, from manifests alone; whatever is missing ca
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ class Tracker:
     """One sweep's experiment. Every method may be called again with the same arguments: what is there already is left as it is."""
 
     def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None, tags: Mapping[str, str] | None = None) -> None:
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
         location = (artifact_root / experiment).resolve().as_uri() if artifact_root else None
@@ -83,20 +86,55 @@ class Tracker:
         run_id = self._child(trial, label, key, {"error": message[-5000:]}, None)
         self._client.set_terminated(run_id, "FAILED")
 
-    def finish_trial(self, trial: str, metrics: Mapping[str, float], status: str = "FINISHED") -> None:
-        """Close a trial's parent run with the values it amounts to."""
+    def finish_trial(self, trial: str, metrics: Mapping[str, float], key: str) -> None:
+        """Close a trial's parent run with the values it amounts to; `key` is the key of the result that holds them."""
         run = self._trials[trial]
-        if run.info.status == "FINISHED":
+        if run.info.status == "FINISHED" and run.data.tags.get(_KEY) == key:
             return
-        self._log(run.info.run_id, metrics=[Metric(name, value, run.info.start_time, 0) for name, value in metrics.items()])
-        self._client.set_terminated(run.info.run_id, status)
-        self._trials[trial] = self._client.get_run(run.info.run_id)
+        now_ms = int(time.time() * 1000)
+        self._log(run.info.run_id, metrics=[Metric(name, value, now_ms, 0) for name, value in metrics.items()])
+        self._client.set_tag(run.info.run_id, _KEY, key)
+        self._end(trial, "FINISHED")
+
+    def fail_trial(self, trial: str) -> None:
+        """Close the parent run of a trial that cannot be finished."""
+        self._end(trial, "FAILED")
 
     def close(self) -> None:
         """Leave no run RUNNING: parents that are still open are marked KILLED; a resumed sweep finishes them."""
         for run in self._trials.values():
             if self._client.get_run(run.info.run_id).info.status == "RUNNING":
                 self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def audit(self, expected: Mapping[tuple[str, str], str], store: Store, repair: bool = False) -> list[str]:
+        """What MLflow holds otherwise than it should, a line each, given the key of every (trial, label) that is finished.
+
+        With `repair`, runs that no result backs are deleted and runs left RUNNING are marked KILLED; what is missing is for
+        `log_stage` to write.
+        """
+        problems, seen = [], set()
+        for run in self._all_runs():
+            trial, label, key = (run.data.tags.get(tag) for tag in (_TRIAL, _LABEL, _KEY))
+            if run.info.status == "RUNNING":
+                problems.append(f"MLflow run {run.info.run_name} of {trial} is left RUNNING")
+                if repair:
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+            if label is None or run.info.status != "FINISHED":
+                continue
+            if expected.get((str(trial), label)) != key and store.has(str(key)):
+                continue  # of an earlier, smaller extent of the study
+            if expected.get((str(trial), label)) != key or (trial, label) in seen:
+                problems.append(f"MLflow run {label} of {trial} has no result of its own")
+                if repair:
+                    self._client.delete_run(run.info.run_id)
+            else:
+                seen.add((trial, label))
+        return problems + [f"MLflow has no run {label} of {trial}" for trial, label in expected if (trial, label) not in seen]
+
+    def _end(self, trial: str, status: str) -> None:
+        run_id = self._trials[trial].info.run_id
+        self._client.set_terminated(run_id, status)
+        self._trials[trial] = self._client.get_run(run_id)
 
     def _child(self, trial: str, label: str, key: str, tags: Mapping[str, str], started_ms: int | None) -> str:
         parent = self._trials[trial].info.run_id

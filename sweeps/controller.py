@@ -15,14 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from fffsweep.sweeps.space import expand
-
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, RayExecutor
 from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
+from fffsweep.sweeps.space import expand
 
 _POLL_S = 0.5
 _RETRY_WAIT_S = 2.0  # doubles with every attempt

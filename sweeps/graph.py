@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fffsweep.sweeps.space import TrialSpec
-
 from fffsweep.pipeline.stage import Resources, StageRun, get_stage, stage_run
 from fffsweep.pipeline.stages.collect import CollectConfig
 from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.space import TrialSpec
 
 
 @dataclass(frozen=True)

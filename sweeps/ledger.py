@@ -26,7 +26,7 @@ class Ledger:
         spec = trial.plan.spec
         if spec.in_study and spec.model.feedforward.shape is not None:
             shape = spec.model.feedforward.shape
-            trial.number = self._study.ask(spec.id, shape.trees, shape.depth, {"layout": spec.layout})
+            trial.number = self._study.ask(spec.id, trial.stages[-1].planned.run.key, shape.trees, shape.depth, {"layout": spec.layout})
         where = provenance()
         tags = {
             "layout": str(spec.layout),
@@ -52,12 +52,24 @@ class Ledger:
         metrics = self._store.get(trial.stages[-1].planned.run.key).metrics
         if trial.number is not None:
             self._study.tell(trial.plan.spec.id, [metrics[name] for name in self._config.objectives])
-        self._tracker.finish_trial(trial.plan.spec.id, metrics)
+        self._tracker.finish_trial(trial.plan.spec.id, metrics, trial.stages[-1].planned.run.key)
 
     def trial_failed(self, trial: TrialState) -> None:
         if trial.number is not None:
             self._study.fail(trial.plan.spec.id)
-        self._tracker.finish_trial(trial.plan.spec.id, {}, "FAILED")
+        self._tracker.fail_trial(trial.plan.spec.id)
+
+    def audit(self, finished: list[tuple[TrialState, StageState]], repair: bool) -> list[str]:
+        """What MLflow or Optuna hold otherwise than the finished stage runs would have it, a line each."""
+        expected = {(trial.plan.spec.id, stage.planned.label): stage.planned.run.key for trial, stage in finished}
+        problems = self._tracker.audit(expected, self._store, repair)
+        for trial, stage in finished:
+            if stage is trial.stages[-1] and trial.plan.spec.in_study:
+                metrics = self._store.get(stage.planned.run.key).metrics
+                values, told = [metrics[name] for name in self._config.objectives], self._study.values_of(trial.plan.spec.id)
+                if told != values:
+                    problems.append(f"Optuna holds {told} for trial {trial.plan.spec.id}, its result is {values}")
+        return problems
 
     def close(self) -> None:
         self._tracker.close()

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 # Trees and depth as integers: a categorical "layout" could not grow when a study is extended.
 _SPACE = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
-_TRIAL = "fffsweep.trial"
+_TRIAL, _KEY = "fffsweep.trial", "fffsweep.key"
 
 
 class OptunaStudy:
@@ -36,23 +36,33 @@ class OptunaStudy:
             trial.user_attrs[_TRIAL]: trial for trial in self._study.trials if _TRIAL in trial.user_attrs
         }
 
-    def ask(self, trial: str, trees: int, depth: int, attributes: Mapping[str, Any]) -> int:
-        """Number of the Optuna trial for `trial`, the one of an earlier session if there was one."""
+    def ask(self, trial: str, key: str, trees: int, depth: int, attributes: Mapping[str, Any]) -> int:
+        """Number of the Optuna trial for `trial`, an earlier driver's if it asked for the same.
+
+        `key` is the key of the trial's result: a study extended by seeds gives its trials new values, hence new Optuna trials.
+        """
         known = self._frozen.get(trial)
-        if known is not None and known.state in (TrialState.RUNNING, TrialState.COMPLETE):
+        if known is not None and known.user_attrs[_KEY] == key and known.state in (TrialState.RUNNING, TrialState.COMPLETE):
             return known.number
-        self._study.enqueue_trial({"trees": trees, "depth": depth}, user_attrs={_TRIAL: trial, **attributes})
+        if known is not None and known.state == TrialState.RUNNING:
+            self.fail(trial)
+        self._study.enqueue_trial({"trees": trees, "depth": depth}, user_attrs={_TRIAL: trial, _KEY: key, **attributes})
         asked = self._study.ask(_SPACE)
         self._frozen[trial] = self._study.trials[asked.number]
         return asked.number
 
     def tell(self, trial: str, values: Sequence[float]) -> None:
         """Record the objective values of a finished trial; told twice, the first stands."""
-        self._study.tell(self._frozen[trial].number, list(values), skip_if_finished=True)
+        self._frozen[trial] = self._study.tell(self._frozen[trial].number, list(values), skip_if_finished=True)
 
     def fail(self, trial: str) -> None:
         """Record that a trial failed."""
-        self._study.tell(self._frozen[trial].number, state=TrialState.FAIL, skip_if_finished=True)
+        self._frozen[trial] = self._study.tell(self._frozen[trial].number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def values_of(self, trial: str) -> list[float] | None:
+        """Objective values told for a trial, None if there are none."""
+        frozen = self._frozen.get(trial)
+        return frozen.values if frozen is not None and frozen.state == TrialState.COMPLETE else None
 
 
 def sqlite_url(path: Path) -> str:
