@@ -31,8 +31,8 @@ _DONE = ("complete", "reused")
 class Listener(Protocol):
     """Whoever watches a sweep, such as the terminal."""
 
-    def update(self, record: Record, queued: int) -> None:
-        """The record changed."""
+    def update(self, record: Record, num_running: int) -> None:
+        """The record changed; `num_running` stage runs are under way."""
         ...
 
     def say(self, line: str) -> None:

@@ -30,6 +30,7 @@ class TerminalProgress:
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
         self._start = time.monotonic()
         self._said: set[str] = set()
+        self._num_running = 0
 
     def __enter__(self) -> TerminalProgress:
         if self._live:
@@ -41,9 +42,10 @@ class TerminalProgress:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def update(self, record: Record, queued: int) -> None:
+    def update(self, record: Record, num_running: int) -> None:
+        self._num_running = num_running
         if self._live:
             self._live.update(self._grid(record))
             return
@@ -75,7 +77,7 @@ class TerminalProgress:
         return table
 
     def _left(self, record: Record) -> str:
-        """Time left, from the durations seen so far and the parallelism reached so far."""
+        """Time left, from the durations seen so far, as if as many runs went on at once as now."""
         seen: dict[str, dict[str, float]] = defaultdict(dict)
         remaining: dict[str, str] = {}
         for trial in record.trials:
@@ -89,9 +91,7 @@ class TerminalProgress:
             return "done"
         if any(name not in seen for name in remaining.values()):
             return f"{len(remaining)} left"
-        fresh = {s.planned.run.key: s.duration_s or 0.0 for t in record.trials for s in t.stages if s.state == "complete"}
-        parallelism = max(1.0, sum(fresh.values()) / max(time.monotonic() - self._start, 1.0))
-        seconds = sum(median(seen[name].values()) for name in remaining.values()) / parallelism
+        seconds = sum(median(seen[name].values()) for name in remaining.values()) / max(1, self._num_running)
         return f"{len(remaining)} left, about {seconds:.0f} s"
 
 

@@ -65,8 +65,8 @@ class Quiet:
     def __init__(self):
         self.lines = []
 
-    def update(self, record, queued):
-        assert queued >= 0
+    def update(self, record, num_running):
+        assert num_running >= 0
 
     def say(self, line):
         self.lines.append(line)
