@@ -199,6 +199,13 @@ class SweepConfig(Settings):
                 "benchmark_cpu",
             )
 
+        layer = self.stages.benchmark_cpu.layer if self.stages.benchmark_cpu is not None else None
+        if layer is not None and layer >= self.model.num_layers:
+            raise Misfit(
+                f"stages.benchmark_cpu.layer={layer}: expected a layer from 0 to {self.model.num_layers - 1}, or null for the middle one",
+                *("stages", "benchmark_cpu", "layer"),
+            )
+
     def _check_tasks(self) -> None:
         for task in self.stages.finetune.overrides:
             if task not in self.task_names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from fffsweep.sweeps.yaml_source import Key, Source, dotted
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # where pydantic leaves a bound out of the schema of a nullable field
 _TYPES = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text", "object": "a mapping of settings"}
 
 
@@ -39,12 +41,16 @@ def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> s
     if isinstance(reason, Misfit):
         return f"{reason} ({source.origin((*key, *reason.path))})"
     if isinstance(reason, ValueError):
-        return f"{_prefix(key, str(reason))}{reason} ({source.origin(key)})"
+        named = re.match(r"\w+", str(reason))  # "num_heads=5 with ...": the line of num_heads says more than its block's
+        return f"{_prefix(key, str(reason))}{reason} ({source.origin((*key, named[0]) if named else key)})"
     if fault["type"] == "extra_forbidden" or fault["loc"][-1] == "[key]":
         around = _at(schema, key[:-1])
         allowed = around.get("properties") or around.get("propertyNames", {}).get("enum", [])
         return f"{dotted(key)}: unknown key; expected one of {nearest_first(str(key[-1]), allowed)} ({source.origin(key)})"
     expected = _describe(schema, _at(schema, fault["loc"]), _shown(fault["input"])) or fault["msg"][:1].lower() + fault["msg"][1:]
+    expected += "".join(
+        f" {sign} {fault['ctx'][name]}" for name, sign in _LIMITS.items() if name in fault.get("ctx", {}) and sign not in expected
+    )
     if fault["type"] == "missing":
         return f"{dotted(key)}: missing; expected {expected} ({source.origin(key)})"
     return f"{dotted(key)}={_shown(fault['input'])}: expected {expected} ({source.origin(key)})"

@@ -27,8 +27,7 @@ def metrics_of(config: SweepConfig) -> list[str]:
     if stages.benchmark_cpu is not None:
         metrics += [f"ff/cpu/{figure}" for figure in _BENCHMARK]
         for point in stages.benchmark_cpu.points:
-            label = f"{point.tokens}_{point.dtype}_{point.threads}t_{point.mode}"
-            metrics += [f"ff/cpu/{label}/{figure}" for figure in _BENCHMARK]
+            metrics += [f"ff/cpu/{point.label}/{figure}" for figure in _BENCHMARK]
     return metrics
 
 

@@ -1,0 +1,202 @@
+"""A dry run: which trials and stage runs a config stands for, which of them are stored, and what the rest will cost."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fffsweep.pipeline.settings import canonical_json
+from fffsweep.pipeline.stage import StageRun
+from fffsweep.pipeline.store import Manifest, Store
+from fffsweep.sweeps.config import SweepConfig
+from fffsweep.sweeps.graph import PlannedStage, TrialPlan, build
+from fffsweep.sweeps.record import check_extends, load, study_folder
+from fffsweep.sweeps.space import expand
+
+SCHEMA = "fffsweep.plan/1"
+_MOST_MANIFESTS = 500  # their file names are hashes, so any 500 are a fair sample
+_MACS_PER_SECOND = 5e9  # of one core in training, all overheads included; for guesses only
+_GUESS_S = {"prepare": 60.0, "benchmark_cpu": 20.0, "collect": 0.1}
+_GUESS_BYTES = {"prepare": 100e6, "finetune": 1e6, "benchmark_cpu": 1e5, "collect": 1e4}
+
+
+@dataclass(frozen=True)
+class TrialSummary:
+    """One trial of the plan."""
+
+    trial: str
+    layout: str | None
+    controls: tuple[str, ...]
+    in_study: bool
+    num_stages: int
+    num_cached: int
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """All runs of one stage, those that trials share counted once. seconds and num_bytes: what the runs to come take in sum."""
+
+    stage: str
+    num_runs: int
+    num_cached: int
+    seconds: float
+    num_bytes: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `run` would do. seconds: wall-clock on this machine's `num_cores`, benchmarks alone and the rest side by side."""
+
+    study: str
+    is_new: bool
+    trials: list[TrialSummary]
+    stages: list[StageSummary]
+    num_cores: int
+    seconds: float
+    num_bytes: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def make_plan(config: SweepConfig, results: Path) -> Plan:
+    """Plan of a config over a results folder, which is read and never written.
+
+    Raises ConfigError if the study exists with another config.
+    """
+    stored = load(study_folder(results, config.name))
+    check_extends(config, stored)
+    plans = build(config, expand(config))
+    store = Store(results / "store")
+    runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
+    cached = {key for key in runs if store.has(key)}
+    history = _History(store)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    core_seconds = alone_seconds = 0.0
+    stages = []
+    for name in dict.fromkeys(stage.run.stage for _, stage in runs.values()):
+        here = {key: entry for key, entry in runs.items() if entry[1].run.stage == name}
+        to_come = [entry for key, entry in here.items() if key not in cached]
+        costs = [_cost(config, trial, stage, history) for trial, stage in to_come]
+        for (_, stage), cost in zip(to_come, costs, strict=True):
+            if stage.resources.exclusive:
+                alone_seconds += cost[0]
+            else:
+                core_seconds += cost[0] * min(stage.resources.cpus, num_cores)
+        basis = ", ".join(dict.fromkeys(cost[2] for cost in costs)) or "-"
+        seconds, num_bytes = sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+        stages.append(StageSummary(name, len(here), len(here) - len(to_come), seconds, num_bytes, basis))
+    trials = [_summary(plan, cached) for plan in plans]
+    wall_s = core_seconds / num_cores + alone_seconds
+    return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, sum(stage.num_bytes for stage in stages))
+
+
+def to_lines(plan: Plan) -> Iterator[str]:
+    """The plan for reading."""
+    yield f"study {plan.study}: {len(plan.trials)} trials" + ("" if plan.is_new else "; the study exists and goes on")
+    yield from _table(
+        ("trial", "control", "stage runs", "cached"),
+        [(trial.trial, ", ".join(trial.controls), str(trial.num_stages), str(trial.num_cached)) for trial in plan.trials],
+    )
+    yield ""
+    yield from _table(
+        ("stage", "runs", "cached", "to run", "time", "disk", "estimated from"),
+        [
+            (s.stage, str(s.num_runs), str(s.num_cached), str(s.num_runs - s.num_cached), _time(s.seconds), _size(s.num_bytes), s.basis)
+            for s in plan.stages
+        ],
+    )
+    yield ""
+    to_run = sum(stage.num_runs - stage.num_cached for stage in plan.stages)
+    yield (
+        f"{to_run} of {sum(stage.num_runs for stage in plan.stages)} stage runs to do, shared ones counted once: "
+        f"about {_time(plan.seconds)} on {plan.num_cores} cores, {_size(plan.num_bytes)} of disk"
+        if to_run
+        else "everything is cached: nothing to run"
+    )
+
+
+def _summary(plan: TrialPlan, cached: set[str]) -> TrialSummary:
+    spec = plan.spec
+    num_cached = sum(stage.run.key in cached for stage in plan.stages)
+    return TrialSummary(spec.id, spec.layout, spec.controls, spec.in_study, len(plan.stages), num_cached)
+
+
+class _History:
+    """Durations and sizes of earlier runs in a store, by stage."""
+
+    def __init__(self, store: Store) -> None:
+        self._by_stage: dict[str, list[Manifest]] = defaultdict(list)
+        for key in itertools.islice(store.keys(), _MOST_MANIFESTS):
+            manifest = store.get(key)
+            self._by_stage[manifest.run.stage].append(manifest)
+
+    def median(self, run: StageRun) -> tuple[float, float, str] | None:
+        """Seconds and bytes that `run` will take, from runs with equal settings, else from all of its stage; None without any."""
+        earlier = self._by_stage.get(run.stage, [])
+        alike = [manifest for manifest in earlier if _settings(manifest.run) == _settings(run)]
+        chosen = alike or earlier
+        if not chosen:
+            return None
+        seconds = median(manifest.duration_s / _amount(manifest.run) for manifest in chosen) * _amount(run)
+        num_bytes = median(sum(artifact.num_bytes for artifact in manifest.artifacts.values()) for manifest in chosen)
+        return seconds, num_bytes, f"{len(chosen)} earlier runs" if len(chosen) > 1 else "1 earlier run"
+
+
+def _settings(run: StageRun) -> str:
+    return canonical_json(run.config)
+
+
+def _amount(run: StageRun) -> float:
+    """What a run's time grows with, as far as its config says: the budget of pretraining."""
+    budgets = [run.config.get(name) for name in ("tokens", "steps", "wall_clock_s")]
+    return float(next(filter(None, budgets), 1.0)) if run.stage == "pretrain" else 1.0
+
+
+def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: _History) -> tuple[float, float, str]:
+    return history.median(stage.run) or _guess(config, trial, stage)
+
+
+def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[float, float, str]:
+    """Seconds from the multiply-adds of training at a rate typical of one core, bytes from the parameters."""
+    settings, name = stage.run.config, stage.run.stage
+    model, shape = trial.spec.model, trial.spec.model.feedforward.shape
+    stored = shape.width if shape else 0
+    used = stored if shape is None or model.feedforward.execution == "masked" else shape.active_width
+    hidden, vocabulary = model.hidden_size, int(getattr(config.stages.prepare, "vocabulary_size", 2**15))
+    token_macs = model.num_layers * (4 * hidden**2 + 2 * hidden * (model.sequence_length + used)) + hidden * vocabulary / 4
+    num_bytes = _GUESS_BYTES.get(name, 4.0 * (model.num_layers * (4 * hidden**2 + 2 * hidden * stored) + hidden * vocabulary))
+    if name == "pretrain":
+        if settings["wall_clock_s"]:
+            return float(settings["wall_clock_s"]), num_bytes, "the wall-clock budget"
+        tokens = float(settings["tokens"] or settings["steps"] * settings["batch_size"] * model.sequence_length)
+    elif name == "finetune":
+        tokens = float(settings["max_rows"] or 10_000) * float(settings["epochs"]) * model.sequence_length / 2
+    else:
+        return _GUESS_S.get(name, 0.0), num_bytes, "a rough guess"
+    return 3 * tokens * token_macs / (_MACS_PER_SECOND * stage.resources.cpus), num_bytes, "a rough guess by tokens"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return (
+        f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86400:.1f} days"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
