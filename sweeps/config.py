@@ -234,9 +234,9 @@ class SweepConfig(Settings):
 
     @property
     def parsed_controls(self) -> list[Control]:
-        """Controls, each for one layout where it is of a layout."""
-        layouts = [shape.layout for shape in self.shapes]
-        return [single for text in self.controls for single in parse_control(text).over(layouts)]
+        """Controls, each once; those for every layout are for each with trees: a dense one is its own active width and routes nothing."""
+        layouts = [shape.layout for shape in self.shapes if shape.depth]
+        return list(dict.fromkeys(single for text in self.controls for single in parse_control(text).over(layouts)))
 
     @property
     def task_names(self) -> tuple[str, ...]:
