@@ -66,7 +66,7 @@ def test_controls_for_every_layout():
 def test_equal_controls_share_a_trial():
     assert TreeShape(3, 2).active_width == TreeShape(1, 8).active_width
     trials = expand(config_of(["3x2", "1x8", "9x0"], ["dense_active(3x2)", "dense_active(1x8)", "reference_dense(9)"]))
-    assert [(t.id, t.controls) for t in trials][0] == ("9x0", ("dense_active(3x2)", "dense_active(1x8)", "reference_dense"))
+    assert (trials[0].id, trials[0].controls) == ("9x0", ("dense_active(3x2)", "dense_active(1x8)", "reference_dense"))
     assert len(trials) == 3
 
 
@@ -135,5 +135,5 @@ def test_controls_parse_and_print(text, control):
     ],
 )
 def test_what_is_no_control(text):
-    with pytest.raises(ValueError, match="control .*expected"):
+    with pytest.raises(ValueError, match=r"control .*expected"):
         parse_control(text)
