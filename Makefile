@@ -59,7 +59,7 @@ chaos: setup-dev
 	@$(BIN)/python -m pytest tests/chaos $(PYTEST_ARGS)
 
 record-stages: setup-dev
-	@$(BIN)/python tests/test_stage_versions.py
+	@$(BIN)/python tests/test_stage_versions.py $(if $(SAME_RESULT),--same-result)
 
 wheel: setup-dev
 	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
