@@ -17,7 +17,12 @@ class FeedForward(Settings):
 
     variant: `dense` (`trees` neurons, depth 0), `fff` (2311.10770: every node emits), `none` (no feedforward layer),
     `random_routing` (an fff whose path is a hash of token id, layer, tree and `routing_seed`, in training and at inference).
-    An `fff` of depth 0 is a dense layer and becomes one, so that equal models are equal configs.
+    An `fff` of depth 0 is a dense layer and becomes one, and what a variant does not read is left out of it, so that equal models
+    are equal configs.
+    init: `normal`, N(0, 0.02) with zero biases at every layout; `fan`, uniform within 1 / sqrt(inputs used for one token).
+    execution: how a tree is computed in training and evaluation; `masked` costs as much as a dense layer of its width.
+    routing_gradient: `none` as in the paper, or `straight_through` to let decisions learn from what hangs below them.
+    load_balancing: weight of a penalty on nodes that send all their tokens one way.
     """
 
     variant: Literal["dense", "fff", "none", "random_routing"]
@@ -25,6 +30,7 @@ class FeedForward(Settings):
     depth: Count = Field(default=0, ge=0)
     activation: Activation = "gelu"
     input_bias: bool = True
+    init: Literal["normal", "fan"] = "normal"
     execution: Literal["masked", "cmm"] = "cmm"
     routing_gradient: Literal["none", "straight_through"] = "none"
     load_balancing: Number = Field(default=0.0, ge=0)
@@ -38,9 +44,11 @@ class FeedForward(Settings):
         values = dict(values)
         if values.get("variant") in ("fff", "random_routing") and int(values.get("depth", 0)) == 0:
             values["variant"] = "dense"
-        if values.get("variant") in ("dense", "none"):
-            for name in ("execution", "routing_gradient", "load_balancing"):
+        if values.get("variant") in ("dense", "random_routing"):
+            for name in ("routing_gradient", "load_balancing"):
                 values.pop(name, None)
+        if values.get("variant") == "dense":
+            values.pop("execution", None)
         if values.get("variant") == "none":
             values = {"variant": "none"}
         if values.get("variant") != "random_routing":

@@ -1,0 +1,203 @@
+"""Finetuning on one task: the recipe's epochs, the held-out selection rows, the official validation split, predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fffsweep.pipeline import optimisation, schedules
+from fffsweep.pipeline.checkpoint import Checkpoints
+from fffsweep.pipeline.data.prepared import PreparedData, Split
+from fffsweep.pipeline.metrics import baseline, decide, scores
+from fffsweep.pipeline.model import FffForSequenceClassification
+from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
+from fffsweep.pipeline.stages.finetune import FinetuneConfig
+
+EVALUATION_BATCH = 64
+ROWS_SEED = 0  # `max_rows` keeps the same rows for every seed and every model
+STOP_POLL_S = 0.5
+
+
+def finetune(config: FinetuneConfig, context: StageContext) -> Metrics:
+    """Run the stage: see `fffsweep.pipeline.stages.finetune.Finetune`. Raises DivergedError, StopRequested, ValueError."""
+    with optimisation.reproducible(context.seed):
+        run = Finetuning(config, context)
+        run.resume()
+        run.train()
+        return run.publish()
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights, optimiser and random numbers. losses: of the steps of the current epoch."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Finetuning:
+    """One run. Order, head and dropout come from the seed; the order of an epoch is a function of seed and epoch alone."""
+
+    def __init__(self, config: FinetuneConfig, context: StageContext) -> None:
+        self.config, self.context = config, context
+        prepared = PreparedData(context.inputs["prepare"])
+        found = prepared.task(config.task)
+        self.task, self.splits = found.task, found.splits
+        self.pad_id = prepared.tokenizer().pad_token_id
+        train = self.splits["train"]
+        if len(train) == 0:
+            raise ValueError(f"task {config.task}: no training rows; expected at least one")
+        self.rows = np.random.default_rng(ROWS_SEED).permutation(len(train))[: config.max_rows]
+        with optimisation.quiet_transformers():
+            self.model = FffForSequenceClassification.from_pretrained(
+                context.inputs["pretrain"] / "model",
+                num_labels=self.task.num_labels,
+                hidden_dropout_prob=config.dropout,
+                pooling=config.pooling,
+                head_size=config.head_size,
+            )
+        self.model.to(context.device)  # type: ignore[arg-type]
+        self.optimizer = optimisation.make_optimizer(self.model, config)
+        self.guard = optimisation.LossGuard(math.inf)
+        self.checkpoints = Checkpoints(context.work, 60 * config.checkpoint_minutes)
+        self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
+        self.at = Progress()
+
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one."""
+        state = self.checkpoints.load()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            optimisation.restore_rng(state["rng"])
+            self.at = Progress(**state["progress"])
+
+    def save(self) -> None:
+        """Write a checkpoint from which `resume` goes on to the same bits."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": optimisation.rng_state(self.context.device),
+            "progress": asdict(self.at),
+        }
+        self.checkpoints.save(self.at.step, state)
+
+    def train(self) -> None:
+        """All epochs, the selection rows evaluated after each. Raises StopRequested, its state saved, if asked to stop."""
+        at, total, asked = self.at, self.config.epochs * self.steps_per_epoch, time.monotonic()
+        self.model.train()
+        while at.step < total:
+            begun = time.monotonic()
+            loss, rate = self._step(at.step / total)
+            at.step += 1
+            self.guard.check(at.step, loss)
+            now = time.monotonic()
+            at.elapsed_s += now - begun
+            at.losses.append(loss)
+            if at.step % self.steps_per_epoch == 0:
+                self._close_epoch(rate)
+            if now - asked > STOP_POLL_S:
+                asked = now
+                self.context.progress(at.step, total, "steps", loss=loss)
+                if self.context.stop_requested():
+                    self.save()
+                    raise StopRequested
+            if self.checkpoints.due():
+                self.save()
+
+    def _step(self, spent: float) -> tuple[float, float]:
+        """One step of the optimiser: loss, learning rate."""
+        config = self.config
+        epoch, place = divmod(self.at.step, self.steps_per_epoch)
+        order = np.random.Generator(np.random.Philox(key=[self.context.seed, epoch])).permutation(self.rows)
+        chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
+        rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
+        train = self.splits["train"]
+        inputs, mask = self._padded(train, chosen)
+        labels = torch.from_numpy(np.asarray(train.labels)[chosen]).to(self.context.device)
+        with optimisation.autocast(config.precision, self.context.device):
+            loss = self.model(inputs, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
+        return float(loss.detach()), rate
+
+    def _padded(self, split: Split, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [rows, longest of them]."""
+        sequences = [np.asarray(split.input_ids[int(row)]) for row in rows]
+        lengths = np.array([len(each) for each in sequences])
+        ids = np.full((len(rows), lengths.max()), self.pad_id, dtype=np.int64)
+        for index, each in enumerate(sequences):
+            ids[index, : len(each)] = each
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        return torch.from_numpy(ids).to(self.context.device), torch.from_numpy(mask).to(self.context.device)
+
+    def _close_epoch(self, rate: float) -> None:
+        at = self.at
+        row = {"step": at.step, "epoch": at.step // self.steps_per_epoch, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
+        if len(self.splits["selection"]):
+            predictions = decide(self.task, self.predict(self.splits["selection"]))
+            row |= {f"selection/{name}": value for name, value in scores(self.task, predictions, self.splits["selection"].labels).items()}
+        at.losses = []
+        at.curve.append(row)
+
+    @torch.no_grad()
+    def predict(self, split: Split) -> NDArray[np.float32]:
+        """Logits [rows, num_labels] in the split's order; rows of like length are evaluated together."""
+        self.model.eval()
+        order = np.argsort([len(each) for each in split.input_ids], kind="stable")
+        logits = np.empty((len(split), self.task.num_labels), dtype=np.float32)
+        for start in range(0, len(order), EVALUATION_BATCH):
+            rows = order[start : start + EVALUATION_BATCH]
+            inputs, mask = self._padded(split, rows)
+            with optimisation.autocast(self.config.precision, self.context.device):
+                logits[rows] = self.model(inputs, attention_mask=mask).logits.float().cpu().numpy()
+        self.model.train()
+        return logits
+
+    def publish(self) -> Metrics:
+        """Write the artifacts; the metrics of the run, all of the last epoch."""
+        at, output = self.at, self.context.output
+        (output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.curve))
+        metrics: Metrics = {"train/loss": at.curve[-1]["loss"], "time/train_s": at.elapsed_s, "data/train_rows": len(self.rows)}
+        primary: dict[str, list[float]] = {}
+        constant = baseline(self.task, np.asarray(self.splits["train"].labels)[self.rows])
+        for name, split in self.splits.items():
+            if name == "train" or len(split) == 0:
+                continue
+            predictions = decide(self.task, self.predict(split))
+            self._write_predictions(name, predictions)
+            if name == "test":
+                continue
+            found = scores(self.task, predictions, split.labels)
+            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+            kind = name.split("_")[0]
+            primary.setdefault(f"{kind}/primary", []).append(found[self.task.metrics[0]])
+            floor = scores(self.task, np.full(len(split), constant), split.labels)[self.task.metrics[0]]
+            primary.setdefault(f"baseline/{kind}_primary", []).append(floor)
+        metrics |= {name: sum(values) / len(values) for name, values in primary.items()}
+        if self.config.keep_weights:
+            with optimisation.quiet_transformers():
+                self.model.save_pretrained(output / "model")
+        return metrics
+
+    def _write_predictions(self, split: str, predictions: NDArray[Any]) -> None:
+        """`predictions/<split>.tsv` as the GLUE server takes it: index and prediction, a class by its name where it has one."""
+        folder = self.context.output / "predictions"
+        folder.mkdir(exist_ok=True)
+        if self.task.kind == "regression":
+            shown = [f"{value:.6f}" for value in predictions]
+        else:
+            names = self.task.label_names
+            shown = [names[value] if names else str(value) for value in predictions]
+        lines = [f"{index}\t{value}\n" for index, value in enumerate(shown)]
+        (folder / f"{split}.tsv").write_text("index\tprediction\n" + "".join(lines))

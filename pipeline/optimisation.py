@@ -1,0 +1,140 @@
+"""What pretraining and finetuning share: optimiser, one step, the guard against a loss that runs away, determinism."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.utils.deterministic
+from torch import nn
+
+
+class AdamSettings(Protocol):
+    """Fields of a recipe that `make_optimizer` reads."""
+
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite, or far above where it was: no result is worth keeping."""
+
+
+def make_optimizer(model: nn.Module, recipe: AdamSettings) -> torch.optim.AdamW:
+    """AdamW; biases, norms and scalars are not decayed."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (kept if parameter.dim() < 2 or name.endswith((".b_in", ".bias")) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        fused=True,
+    )
+
+
+def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, clip: float | None) -> float:
+    """One step of the optimiser, gradients set to None afterwards. Norm of the gradient before it was clipped."""
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class LossGuard:
+    """Stops a run whose loss is NaN or infinite, or whose smoothed loss rises `limit` nats above its lowest.
+
+    Smoothing is an exponential mean over about twenty steps.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.smooth = self.lowest = math.inf
+
+    def check(self, step: int, loss: float) -> None:
+        """Raises DivergedError."""
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {step}: the loss is {loss}; nothing is published; lower learning_rate or clip, or take float32")
+        self.smooth = loss if math.isinf(self.smooth) else 0.95 * self.smooth + 0.05 * loss
+        self.lowest = min(self.lowest, self.smooth)
+        if self.smooth > self.lowest + self.limit:
+            raise DivergedError(
+                f"step {step}: the loss rose to {self.smooth:.2f} from {self.lowest:.2f}, more than spike_limit={self.limit:g}; "
+                "nothing is published; lower learning_rate or clip"
+            )
+
+    def state(self) -> dict[str, float]:
+        """What `restore` takes."""
+        return {"smooth": self.smooth, "lowest": self.lowest}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.smooth, self.lowest = state["smooth"], state["lowest"]
+
+
+@contextlib.contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Torch seeded, deterministic algorithms alone; as it was afterwards."""
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # every buffer is written before it is read; filling costs time
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
+
+
+def rng_state(device: str) -> dict[str, Any]:
+    """State of torch's random numbers, which dropout draws from."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Go on with random numbers where `rng_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 products under `bf16`, nothing otherwise."""
+    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no report of the weights that a new head does not find, while loading and saving."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,249 @@
+"""Masked-language-model pretraining under a budget, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fffsweep.pipeline import optimisation, schedules
+from fffsweep.pipeline.checkpoint import Checkpoints
+from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.feedforward import FeedForwardLayer
+from fffsweep.pipeline.masking import MaskedBatch, Masking, Reading, unigram_loss
+from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
+from fffsweep.pipeline.stages.pretrain import PretrainConfig
+from fffsweep.pipeline.tree_health import counters, health_metrics, tree_health
+
+VALIDATION_SEED = 0  # masks of the held-out sequences are the same in every run, whatever its seed
+VALIDATION_BATCH = 32
+STOP_POLL_S = 0.5
+
+
+def pretrain(config: PretrainConfig, context: StageContext) -> Metrics:
+    """Run the stage: see `fffsweep.pipeline.stages.pretrain.Pretrain`. Raises DivergedError, StopRequested, ValueError."""
+    with optimisation.reproducible(context.seed):
+        run = Pretraining(config, context)
+        run.resume()
+        run.train()
+        return run.publish()
+
+
+@dataclass
+class Progress:
+    """Everything of a run that a checkpoint holds beside weights, optimiser, guard and random numbers.
+
+    window: losses since the last row of the curve; window_s: seconds spent on them; elapsed_s: seconds of training, evaluations not
+    counted.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    evaluated: int = 0
+    elapsed_s: float = 0.0
+    window: list[float] = field(default_factory=list)
+    window_s: float = 0.0
+    window_sequences: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Pretraining:
+    """One run. Its batches depend on seed and position alone, so a checkpoint needs no state of a data loader."""
+
+    def __init__(self, config: PretrainConfig, context: StageContext) -> None:
+        self.config, self.context = config, context
+        data = PreparedData(context.inputs["prepare"])
+        self.tokenizer = data.tokenizer()
+        self.corpus, self.held_out = _corpora(data, config.model.sequence_length, config.validation_sequences)
+        vocabulary_size = len(self.tokenizer)
+        self.model = FffForMaskedLM(FffConfig.of(config.model, vocabulary_size, self.tokenizer.pad_token_id))
+        self.model.to(context.device)  # type: ignore[arg-type]
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = optimisation.make_optimizer(self.model, config)
+        self.guard = optimisation.LossGuard(config.spike_limit)
+        self.checkpoints = Checkpoints(context.work, 60 * config.checkpoint_minutes)
+        self.masking = Masking(self.tokenizer.mask_token_id, tuple(self.tokenizer.all_special_ids), vocabulary_size, config.mask_share)
+        self.reading = Reading(self.corpus, context.seed)
+        self.micro_batch = min(config.micro_batch_size, config.batch_size)
+        self.validation = [
+            self.masking.apply(self.held_out[start : start + VALIDATION_BATCH], VALIDATION_SEED, start)
+            for start in range(0, len(self.held_out), VALIDATION_BATCH)
+        ]
+        self.at = Progress()
+
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one."""
+        state = self.checkpoints.load()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.guard.restore(state["guard"])
+            optimisation.restore_rng(state["rng"])
+            self.at = Progress(**state["progress"])
+
+    def save(self) -> None:
+        """Write a checkpoint from which `resume` goes on to the same bits."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state(),
+            "rng": optimisation.rng_state(self.context.device),
+            "progress": asdict(self.at),
+        }
+        self.checkpoints.save(self.at.step, state)
+
+    def train(self) -> None:
+        """Spend the budget. Raises StopRequested, its state saved, if asked to stop; DivergedError if the loss runs away."""
+        at, asked = self.at, time.monotonic()
+        while (spent := self._spent()) < 1:
+            begun = time.monotonic()
+            loss, norm, rate = self._step(spent)
+            self.guard.check(at.step, loss)
+            now = time.monotonic()
+            at.elapsed_s += now - begun
+            at.window_s += now - begun
+            at.window.append(loss)
+            self._log(norm, rate)
+            if now - asked > STOP_POLL_S:
+                asked = now
+                if self.context.stop_requested():
+                    self.save()
+                    raise StopRequested
+            if self.checkpoints.due():
+                self.save()
+
+    def _spent(self) -> float:
+        """Share of the budget that is spent."""
+        config, at = self.config, self.at
+        if config.tokens is not None:
+            return at.sequences * int(self.corpus.shape[1]) / config.tokens
+        if config.steps is not None:
+            return at.step / config.steps
+        assert config.wall_clock_s is not None  # the config has exactly one budget
+        return at.elapsed_s / config.wall_clock_s
+
+    def _step(self, spent: float) -> tuple[float, float, float]:
+        """One step of the optimiser: loss, norm of the gradient, learning rate."""
+        config, at, total = self.config, self.at, 0.0
+        rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
+        micro_batches = self._micro_batches(spent)
+        for _ in range(micro_batches):
+            batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
+            loss = self._read(batch)[0] / micro_batches
+            loss.backward()
+            total += float(loss.detach())
+            at.sequences += self.micro_batch
+        norm = optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
+        at.step += 1
+        return total, norm, rate
+
+    def _micro_batches(self, spent: float) -> int:
+        """Micro-batches in the next step: their number grows linearly until the ramp is over."""
+        full = self.config.batch_size // self.micro_batch
+        if spent >= self.config.batch_ramp:
+            return full
+        return max(1, math.ceil(full * spent / self.config.batch_ramp))
+
+    def _read(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """Loss, and logits of the asked positions."""
+        inputs, positions, labels = (torch.from_numpy(each).to(self.context.device) for each in batch)
+        with optimisation.autocast(self.config.precision, self.context.device):
+            output = self.forward(input_ids=inputs, positions=positions, labels=labels)
+        return output.loss, output.logits
+
+    def _log(self, norm: float, rate: float) -> None:
+        """Add a row to the curve if one is due, with an evaluation if one is due."""
+        at, length = self.at, self.corpus.shape[1]
+        due = math.floor(min(1.0, self._spent()) * self.config.evaluations)
+        if at.step % self.config.log_every and due <= at.evaluated:
+            return
+        row = {
+            "step": at.step,
+            "tokens": at.sequences * length,
+            "loss": sum(at.window) / len(at.window),
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_s": (at.sequences - at.window_sequences) * length / at.window_s,
+        }
+        at.window, at.window_s, at.window_sequences = [], 0.0, at.sequences
+        if due > at.evaluated:
+            at.evaluated = due
+            row["validation_loss"], row["validation_accuracy"] = self.validate()
+        at.curve.append(row)
+        total = self.config.tokens or self.config.steps or self.config.wall_clock_s or 1
+        unit = "tokens" if self.config.tokens else "steps" if self.config.steps else "s"
+        self.context.progress(min(1.0, self._spent()) * total, total, unit, loss=row["loss"], tokens_per_s=row["tokens_per_s"])
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """Loss and accuracy on the held-out masked tokens."""
+        self.model.eval()
+        loss, hits, asked = 0.0, 0, 0
+        for batch in self.validation:
+            mean, logits = self._read(batch)
+            loss += float(mean) * len(batch.labels)
+            hits += int((logits.argmax(1).cpu() == torch.from_numpy(batch.labels)).sum())
+            asked += len(batch.labels)
+        self.model.train()
+        return loss / asked, hits / asked
+
+    def publish(self) -> Metrics:
+        """Write the artifacts; the metrics of the run."""
+        at, output = self.at, self.context.output
+        with optimisation.quiet_transformers():
+            self.model.save_pretrained(output / "model")
+        self.tokenizer.save_pretrained(output / "model")
+        (output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.curve))
+        labels = np.concatenate([batch.labels for batch in self.validation])
+        last = at.curve[-1]
+        metrics = {
+            "mlm/train_loss": last["loss"],
+            "mlm/validation_loss": last["validation_loss"],
+            "mlm/validation_accuracy": last["validation_accuracy"],
+            "mlm/unigram_loss": unigram_loss(self.corpus, labels, len(self.tokenizer)),
+            "mlm/tokens": at.sequences * self.corpus.shape[1],
+            "params/total": sum(each.numel() for each in self.model.parameters()),
+            "params/feedforward": sum(
+                each.numel() for layer in self.model.modules() if isinstance(layer, FeedForwardLayer) for each in layer.parameters()
+            ),
+            "time/train_s": at.elapsed_s,
+            "time/tokens_per_s": at.sequences * self.corpus.shape[1] / at.elapsed_s,
+            "memory/peak_rss_bytes": optimisation.peak_rss_bytes(),
+        }
+        return metrics | self._tree_health()
+
+    @torch.no_grad()
+    def _tree_health(self) -> Metrics:
+        """Let the encoder read the held-out sequences unmasked and count its paths."""
+        counted = counters(self.model)
+        if not counted:
+            return {}
+        self.model.eval()
+        for start in range(0, len(self.held_out), VALIDATION_BATCH):
+            ids = torch.from_numpy(self.held_out[start : start + VALIDATION_BATCH].astype(np.int64))
+            self.model.encoder(ids.to(self.context.device))
+        for each in counted:
+            each.close()
+        report = tree_health(counted)
+        (self.context.output / "tree_health.json").write_text(json.dumps(report))
+        return health_metrics(report)
+
+
+def _corpora(data: PreparedData, length: int, limit: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Training sequences, and the first `limit` held-out ones."""
+    corpus, held_out = data.corpus("train"), data.corpus("validation")[:limit]
+    if corpus.shape[1] != length:
+        raise ValueError(
+            f"sequence_length={length} of the model: expected {corpus.shape[1]}, that of the prepared corpus; give both stages the same"
+        )
+    if len(corpus) == 0 or len(held_out) == 0:
+        raise ValueError(f"corpus of {len(corpus)} training and {len(held_out)} held-out sequences: expected at least one each")
+    return corpus, held_out
