@@ -25,10 +25,10 @@ from fffsweep.pipeline.stages.benchmark import BenchmarkConfig
 from fffsweep.pipeline.stages.finetune import FinetuneConfig, FinetuneRecipe
 from fffsweep.pipeline.stages.prepare import PrepareConfig
 from fffsweep.pipeline.stages.pretrain import PretrainConfig, PretrainRecipe
-from fffsweep.sweeps.config_errors import Misfit, explain
+from fffsweep.sweeps.config_errors import Misfit, explain, nearest_first
 from fffsweep.sweeps.controls import Control, parse_control
 from fffsweep.sweeps.objectives import metrics_of, unknown_metric
-from fffsweep.sweeps.yaml_source import ConfigError, read_source
+from fffsweep.sweeps.yaml_source import ConfigError, Source, read_source
 
 __all__ = ["ConfigError", "SweepConfig", "load_config"]
 
@@ -207,6 +207,22 @@ class SweepConfig(Settings):
             )
 
     def _check_tasks(self) -> None:
+        prepared = self.stages.prepare.task_names
+        for index, task in enumerate(self.task_names):
+            if task not in prepared:
+                raise Misfit(
+                    f"stages.finetune.tasks[{index}]={task}: expected one of the tasks that stages.prepare.tasks lists: "
+                    f"{nearest_first(task, prepared)}; add it there",
+                    *("stages", "finetune", "tasks", index),
+                )
+            if task in self.task_names[:index]:
+                raise Misfit(f"stages.finetune.tasks[{index}]={task}: given twice; keep one", "stages", "finetune", "tasks", index)
+        if self.stages.prepare.sequence_length != self.model.sequence_length:
+            raise Misfit(
+                f"stages.prepare.sequence_length={self.stages.prepare.sequence_length} with model.sequence_length="
+                f"{self.model.sequence_length}: expected equal; leave the former out",
+                *("stages", "prepare", "sequence_length"),
+            )
         for task in self.stages.finetune.overrides:
             if task not in self.task_names:
                 raise Misfit(
@@ -272,12 +288,16 @@ def load_config(path: Path | str, overrides: Iterable[str] = (), name: str | Non
     source.values.setdefault("name", path.stem)
     if name is not None:
         source.put(("name",), name, f"--name {name}")
-    _share_defaults(source.values)
+    _share(source)
     try:
         return SweepConfig.model_validate(source.values)
     except ValidationError as error:
         raise ConfigError(explain(error, source, SweepConfig)) from None
 
 
-def _share_defaults(values: dict[str, Any]) -> None:
-    """Say once what two stages must agree on: the tasks, the sequence length."""
+def _share(source: Source) -> None:
+    """Let `prepare` take the tasks and the sequence length that are said elsewhere, unless it names its own."""
+    for key, shared in ((("tasks",), ("stages", "finetune", "tasks")), (("sequence_length",), ("model", "sequence_length"))):
+        prepare, value = source.get(("stages", "prepare")), source.get(shared)
+        if isinstance(prepare, dict) and key[0] not in prepare and value is not None:
+            source.put(("stages", "prepare", *key), value, source.origin(shared))

@@ -41,11 +41,10 @@ def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> s
     if isinstance(reason, Misfit):
         return f"{reason} ({source.origin((*key, *reason.path))})"
     if isinstance(reason, ValueError):
-        named = re.match(r"\w+", str(reason))  # "num_heads=5 with ...": the line of num_heads says more than its block's
-        return f"{_prefix(key, str(reason))}{reason} ({source.origin((*key, named[0]) if named else key)})"
+        return f"{_prefix(key, str(reason))}{reason} ({source.origin(_named(key, str(reason), source))})"
     if fault["type"] == "extra_forbidden" or fault["loc"][-1] == "[key]":
-        around = _at(schema, key[:-1])
-        allowed = around.get("properties") or around.get("propertyNames", {}).get("enum", [])
+        around = _choices(schema, _at(schema, key[:-1]))
+        allowed = [name for choice in around for name in choice.get("properties", choice.get("propertyNames", {}).get("enum", ()))]
         return f"{dotted(key)}: unknown key; expected one of {nearest_first(str(key[-1]), allowed)} ({source.origin(key)})"
     expected = _describe(schema, _at(schema, fault["loc"]), _shown(fault["input"])) or fault["msg"][:1].lower() + fault["msg"][1:]
     expected += "".join(
@@ -56,10 +55,20 @@ def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> s
     return f"{dotted(key)}={_shown(fault['input'])}: expected {expected} ({source.origin(key)})"
 
 
+def _named(key: Key, message: str, source: Source) -> Key:
+    """The setting in the block at `key` that a message starts with, as "num_heads=5 with ..." does: its line says more than its block's."""
+    word = (re.match(r"\w*", message) or [""])[0]
+    return next(((*key, name) for name in (word, f"{word}s") if (*key, name) in source.origins), key)
+
+
 def _in_values(loc: tuple[int | str, ...], values: Any, keep_last: bool) -> Key:
     """The part of a pydantic location that leads to a value; the names that it inserts for unions lead nowhere and are dropped."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
+        if isinstance(values, list) and isinstance(part, str):  # a validator of the list lost the index: the entry that has such a key
+            index = next((i for i, entry in enumerate(values) if isinstance(entry, dict) and part in entry), None)
+            values = values if index is None else values[index]
+            key += [] if index is None else [index]
         if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
             values = values[part]  # type: ignore[index]
             key.append(part)

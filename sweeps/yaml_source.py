@@ -49,6 +49,13 @@ class Source:
             key = key[:-1]
         return self.origins.get(key, self.label)
 
+    def get(self, key: Key) -> Any:
+        """Value at `key`, None if there is none."""
+        value: Any = self.values
+        for part in key:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
     def put(self, key: Key, value: Any, origin: str) -> None:
         """Set the value at `key`, creating mappings on the way. Raises ConfigError if `key` leads through a scalar or past a list's end."""
         holder: Any = self.values
