@@ -200,11 +200,11 @@ def markdown(view: StudyView) -> str:
     columns = used_columns(shown)
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(_plain(cell) for cell in cells) + " |\n"
+        return "| " + " | ".join(plain(cell) for cell in cells) + " |\n"
 
     text = line([column.title for column in columns]) + "|" + "".join(" ---: |" if c.numeric else " --- |" for c in columns) + "\n"
     text += "".join(line([row.cells[column.key] for column in columns]) for row in shown)
-    return text + "".join(f"\n{_plain(note)}\n" for note in notes(view))
+    return text + "".join(f"\n{plain(note)}\n" for note in notes(view))
 
 
 def latex(view: StudyView) -> str:
@@ -217,17 +217,18 @@ def latex(view: StudyView) -> str:
 
     text = "% needs \\usepackage{booktabs}\n"
     text += r"\begin{tabular}{" + "".join("r" if column.numeric else "l" for column in columns) + "}\n\\toprule\n"
-    text += line([_escape(column.title) for column in columns]) + "\\midrule\n"
+    text += line([escaped(column.title) for column in columns]) + "\\midrule\n"
     for row in shown:
-        cells = [_escape(row.cells[column.key]) for column in columns]
+        cells = [escaped(row.cells[column.key]) for column in columns]
         text += line([rf"\textbf{{{cell}}}" if row.on_front and cell else cell for cell in cells])
     return text + "\\bottomrule\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in notes(view))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Markdown that shows `text` as it is."""
     return re.sub(r"([\\|*_<>`\[\]])", r"\\\1", text).replace("\n", " ")
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
+    """LaTeX that shows `text` as it is."""
     return re.sub(r"[\\~^–&%$#_{}]", lambda match: _LATEX.get(match[0], "\\" + match[0]), text).replace("\n", " ")

@@ -94,6 +94,12 @@ class TrialView:
         layer = self.model["feedforward"]
         return None if layer["variant"] == "none" else TreeShape(int(layer["trees"]), int(layer["depth"]))
 
+    @property
+    def finished_at(self) -> float:
+        """When the trial's last stage run ended, in seconds since 1970; infinity before that."""
+        manifest = self.stage_manifest("collect")
+        return float("inf") if manifest is None else manifest.started_at + manifest.duration_s
+
     def has_role(self, kind: str, layout: str | None = None) -> bool:
         """Whether the trial is the control `kind`, of `layout` if one is given."""
         return kind in self.controls or (f"{kind}({layout})" in self.controls if layout else False)
@@ -201,6 +207,11 @@ class StudyView:
         return int(self.config.get("seeds", {}).get("pretrain", 1))
 
     @property
+    def matches_time(self) -> bool:
+        """Whether all trials were pretrained for the same time; else for the same number of tokens."""
+        return self.config.get("stages", {}).get("pretrain", {}).get("wall_clock_s") is not None
+
+    @property
     def maximize(self) -> list[bool]:
         return [direction == "maximize" for direction in self.objectives.values()]
 
@@ -235,15 +246,21 @@ class StudyView:
         """Finished trials of the study itself that have every one of these metrics."""
         return [trial for trial in self.finished if trial.in_study and all(name in trial.metrics for name in objectives)]
 
-    def front(self, objectives: Sequence[str] | None = None, maximize: Sequence[bool] | None = None) -> list[FrontEntry]:
-        """Non-dominated trials in the order of the first objective, best first; by default over the study's objectives."""
+    def front(
+        self,
+        objectives: Sequence[str] | None = None,
+        maximize: Sequence[bool] | None = None,
+        trials: Sequence[TrialView] | None = None,
+    ) -> list[FrontEntry]:
+        """Non-dominated trials in the order of the first objective, best first; by default all of the study over its objectives."""
         names = tuple(objectives or self.objectives)
         directions = tuple(self.maximize if maximize is None else maximize)
-        trials, chances = self.competing(names), self.front_chances(names, directions)
-        if not trials:
+        members = self.competing(names) if trials is None else list(trials)
+        if not members:
             return []
-        on_front = front([[trial.metrics[name] for name in names] for trial in trials], directions)
-        entries = [FrontEntry(trial, chances.get(trial.id)) for trial, member in zip(trials, on_front, strict=True) if member]
+        chances = self.front_chances(names, directions)
+        on_front = front([[trial.metrics[name] for name in names] for trial in members], directions)
+        entries = [FrontEntry(trial, chances.get(trial.id)) for trial, member in zip(members, on_front, strict=True) if member]
         sign = -1 if directions[0] else 1
         return sorted(entries, key=lambda entry: sign * entry.trial.metrics[names[0]])
 

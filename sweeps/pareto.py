@@ -67,7 +67,8 @@ def _front_of_many(cost: Floats) -> Bools:
 def hypervolume(values: ArrayLike, maximize: Sequence[bool], reference: ArrayLike) -> float:
     """Volume between the trials and `reference` [objectives]; a trial not better than `reference` everywhere adds nothing."""
     cost, corner = costs(values, maximize), costs([reference], maximize)[0]
-    return _volume(cost[(cost < corner).all(axis=1)], corner)
+    inside = cost[(cost < corner).all(axis=1)]
+    return _volume(inside[front(inside, [False] * len(maximize))], corner) if len(inside) else 0.0
 
 
 def _volume(cost: Floats, corner: Floats) -> float:

@@ -194,6 +194,8 @@ class Generator:
                 row |= {"validation_loss": loss + 0.05, "validation_accuracy": 0.1 + 0.2 * share}
             rows.append(row)
         files = {"curve.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        if model.feedforward.shape is not None and model.feedforward.shape.depth > 0:
+            files["tree_health.json"] = json.dumps(self._health(model.feedforward.shape))
         metrics = {
             "mlm/train_loss": rows[-1]["loss"],
             "mlm/validation_loss": final + 0.05 - 0.01 * shift,
@@ -206,6 +208,15 @@ class Generator:
             "memory/peak_rss_bytes": 1.1e9,
         }
         return metrics, files
+
+    def _health(self, shape):
+        leaves = [(self.noise.dirichlet(np.ones(2**shape.depth)) * 4096).astype(int).tolist() for _ in range(min(shape.trees, 4))]
+        layer = {"layout": shape.layout, "left_share": [0.55] * shape.depth, "leaf_entropy": 0.9, "dead_nodes": 3, "nodes": shape.width}
+        return {
+            "schema": "fffsweep.tree_health/1",
+            "tokens": 4096,
+            "layers": [{"layer": n, **layer, "leaf_usage": leaves} for n in range(2)],
+        }
 
     def _finetuned(self, model, task, shift):
         shape, base = model.feedforward.shape, 0.51 if "sst" in task else 0.0

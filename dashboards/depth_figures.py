@@ -1,0 +1,227 @@
+"""Figures of the project's question: what depth, width and active width do to quality and to speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fffsweep.dashboards import paper
+from fffsweep.dashboards.figures import (
+    DASHES,
+    MARKERS,
+    NAMES,
+    NUM_SERIES,
+    SYMBOLS,
+    Figure,
+    Spec,
+    axis,
+    error_bars,
+    hover,
+    level,
+    role,
+    trial_rows,
+)
+from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, Point, StudyView, TrialView
+from fffsweep.kernels.shape import parse_layout
+
+_KINDS = ("layout", "reference", "dense_active", "random_routing")
+_MANY_TRIALS = 60  # beyond, lines through the layouts would only blur
+
+
+def scatter(view: StudyView, trials: Sequence[TrialView], xs: Sequence[float], metric: str, kind: str, **more: object) -> Spec:
+    """Trials of one kind at given places."""
+    trace: Spec = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": NAMES[kind],
+        "x": list(xs),
+        "y": [trial.metrics[metric] for trial in trials],
+        "marker": {"color": f"@{kind}", "symbol": MARKERS[kind], "size": 9},
+        "line": {"color": f"@{kind}", "width": 2},
+        "customdata": [trial.id for trial in trials],
+        "hovertext": [hover(view, trial, (metric,)) for trial in trials],
+        "hoverinfo": "text",
+        **more,
+    }
+    if bars := error_bars(trials, metric):
+        trace["error_y"] = bars
+    return trace
+
+
+def depth_of(trial: TrialView) -> int | None:
+    """Depth that a trial stands for: its own, or that of the layout whose active width it has."""
+    for control in trial.controls:
+        kind, _, layout = control.rstrip(")").partition("(")
+        if kind in ("dense_active", "random_routing") and layout:
+            return parse_layout(layout).depth
+    return None if trial.shape is None else trial.shape.depth
+
+
+def quality_by_depth(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figure:
+    """Quality against depth; dense_active and random_routing stand at the depth of the layout they belong to."""
+    groups = _groups(view, metric)
+    data = []
+    for kind, trials in groups.items():
+        ordered = sorted(trials, key=lambda trial: depth_of(trial) or 0)
+        depths = [depth_of(trial) or 0 for trial in ordered]
+        joined = kind == "layout" and len(set(depths)) == len(depths)
+        data.append(scatter(view, ordered, depths, metric, kind, mode="lines+markers" if joined else "markers"))
+    layout: Spec = {"xaxis": axis("depth (branch decisions)", dtick=1), "yaxis": axis("quality, x 100")}
+    return _finish(
+        view,
+        metric,
+        groups,
+        Figure(
+            "quality-depth",
+            "Quality against depth",
+            "Is depth worth anything? Each dense_active control has as many neurons in all as its layout uses for one token. "
+            "Dashed: no feedforward layers. Dotted: the majority/mean baseline.",
+            {"data": data, "layout": layout},
+        ),
+    )
+
+
+def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figure:
+    """Quality against the neurons used for one token."""
+    groups = _groups(view, metric)
+    data = []
+    for kind, trials in groups.items():
+        ordered = sorted((trial for trial in trials if trial.shape), key=lambda trial: trial.shape.active_width if trial.shape else 0)
+        widths = [trial.shape.active_width for trial in ordered if trial.shape]
+        joined = kind in ("layout", "dense_active") and 1 < len(ordered) <= _MANY_TRIALS
+        data.append(scatter(view, ordered, widths, metric, kind, mode="lines+markers" if joined else "markers"))
+    layout: Spec = {"xaxis": axis("active width (neurons used for one token)", log=True), "yaxis": axis("quality, x 100")}
+    return _finish(
+        view,
+        metric,
+        groups,
+        Figure(
+            "quality-active-width",
+            "Quality against active width",
+            "Layouts above the dense_active controls at the same place gain from having more neurons than they use. "
+            "Dashed: no feedforward layers. Dotted: the majority/mean baseline.",
+            {"data": data, "layout": layout},
+        ),
+    )
+
+
+def _groups(view: StudyView, metric: str) -> dict[str, list[TrialView]]:
+    found = [trial for trial in view.finished if metric in trial.metrics and trial.shape is not None]
+    return {kind: group for kind in _KINDS if (group := [trial for trial in found if role(trial) == kind])}
+
+
+def _finish(view: StudyView, metric: str, groups: dict[str, list[TrialView]], figure: Figure) -> Figure:
+    """Add the levels of `none` and of the baseline, and the rows."""
+    none = view.no_feedforward
+    layout = figure.spec["layout"]
+    layout |= level(none, metric, "")
+    baseline = view.reference.value(BASELINE[metric]) if view.reference and metric in BASELINE else None
+    if baseline is not None:
+        line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": baseline, "y1": baseline, "layer": "below"}
+        layout.setdefault("shapes", []).append({**line, "line": {"color": "@none", "width": 1, "dash": "dot"}})
+    shown = [trial for group in groups.values() for trial in group] + ([none] if none else [])
+    figure.rows.extend(trial_rows(view, [metric], shown))
+    return figure
+
+
+def speedup_by_depth(view: StudyView) -> Figure | None:
+    """Speed-up of the layer at every benchmark point, and the limit by arithmetic; None without timings."""
+    trials = [trial for trial in view.finished if trial.in_study and trial.shape is not None]
+    trials = sorted(trials, key=lambda trial: (trial.shape.depth, trial.shape.trees) if trial.shape else (0, 0))
+    data, rows = [], []
+    for index, point in enumerate(view.points):
+        timed = [trial for trial in trials if trial.metrics.get(f"ff/cpu/{point.label}/rel_time")]
+        if not timed:
+            continue
+        trace = _speed_trace(timed, point, index)
+        data.append(trace)
+        for trial, speed in zip(timed, trace["y"], strict=True):
+            rows.append({"trial": trial.id, "depth": trial.shape.depth if trial.shape else None, **_facts(point), "speedup": speed})
+    if not data:
+        return None
+    limits = [(trial.shape.depth, limit) for trial in trials if trial.shape and (limit := view.flop_limit(trial))]
+    if limits:
+        line = {"type": "scatter", "mode": "lines", "name": "limit by arithmetic", "line": {"color": "@none", "dash": "dot", "width": 2}}
+        data.append({**line, "x": [depth for depth, _ in limits], "y": [limit for _, limit in limits]})
+    layout: Spec = {"xaxis": axis("depth (branch decisions)", dtick=1), "yaxis": axis("speed-up over the dense reference layer", log=True)}
+    caption = (
+        "Trained weights and real activations, best verified implementation, median times interleaved with the reference. "
+        "The limit counts multiplications alone: reference width over active width."
+    )
+    return Figure("speedup-depth", "Speed-up against depth", caption, {"data": data, "layout": layout}, rows)
+
+
+def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
+    speeds = [1 / trial.metrics[f"ff/cpu/{point.label}/rel_time"] for trial in timed]
+    joined = len(timed) <= _MANY_TRIALS
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if joined else "markers",
+        "name": f"{point.tokens} tokens, {point.mode}" + ("" if point.dtype == "float32" else f", {point.dtype}") + _threads(point),
+        "x": [trial.shape.depth for trial in timed if trial.shape],
+        "y": speeds,
+        "marker": {"color": f"@series{index % NUM_SERIES}", "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+        "line": {"color": f"@series{index % NUM_SERIES}", "dash": DASHES[index // 4 % len(DASHES)]},
+        "customdata": [trial.id for trial in timed],
+        "hovertemplate": "%{customdata}: %{y:.2f}x<extra>%{fullData.name}</extra>",
+    }
+
+
+def _threads(point: Point) -> str:
+    return "" if point.threads == 1 else f", {point.threads} threads"
+
+
+def _facts(point: Point) -> dict[str, object]:
+    return {"tokens": point.tokens, "dtype": point.dtype, "threads": point.threads, "mode": point.mode}
+
+
+def retention_by_depth(view: StudyView) -> Figure | None:
+    """Share of the dense quality that each layout keeps, beside the paper's; None without a reference."""
+    trials = [trial for trial in view.finished if trial.in_study and trial.shape is not None]
+    kept = [(trial, estimate) for trial in trials if (estimate := view.retention(trial, QUALITY_VALIDATION))]
+    if not kept:
+        return None
+    kept.sort(key=lambda pair: pair[0].shape.depth if pair[0].shape else 0)
+    ours: Spec = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "this study",
+        "x": [trial.shape.depth for trial, _ in kept if trial.shape],
+        "y": [100 * estimate.value for _, estimate in kept],
+        "marker": {"color": "@layout", "size": 9},
+        "customdata": [trial.id for trial, _ in kept],
+        "hovertemplate": "%{customdata}: %{y:.1f} %<extra></extra>",
+    }
+    if len(kept) <= _MANY_TRIALS and any(estimate.interval for _, estimate in kept):
+        highs = [100 * (e.interval[1] - e.value) if e.interval else 0.0 for _, e in kept]
+        lows = [100 * (e.value - e.interval[0]) if e.interval else 0.0 for _, e in kept]
+        ours["error_y"] = {"type": "data", "symmetric": False, "array": highs, "arrayminus": lows, "thickness": 1}
+    dense = paper.dense()
+    rows = paper.trees()
+    theirs: Spec = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": paper.AS_TRANSCRIBED,
+        "x": [row.depth for row in rows],
+        "y": [100 * row.scores["avg"] / dense.scores["avg"] for row in rows],
+        "marker": {"color": "@paper", "symbol": MARKERS["paper"], "size": 9},
+        "line": {"color": "@paper", "dash": "dot", "width": 1},
+        "customdata": [row.model for row in rows],
+        "hovertemplate": "%{customdata}: %{y:.1f} %<extra></extra>",
+    }
+    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 96, "y1": 96, "line": {"color": "@none", "dash": "dash", "width": 1}}
+    layout: Spec = {"xaxis": axis("depth (branch decisions)", dtick=1), "yaxis": axis("share of the dense quality, %"), "shapes": [limit]}
+    caption = (
+        "Quality on the validation splits over that of reference_dense. Stars: GLUE averages of the paper's models over its depth 0, "
+        "as transcribed: another model, other data, another budget. Dashed: 96 %."
+    )
+    lines = [
+        {
+            "trial": trial.id,
+            "depth": trial.shape.depth if trial.shape else None,
+            "retention": estimate.value,
+            "low": estimate.interval[0] if estimate.interval else None,
+            "high": estimate.interval[1] if estimate.interval else None,
+        }
+        for trial, estimate in kept
+    ]
+    return Figure("retention-depth", "Dense quality kept, against depth", caption, {"data": [ours, theirs], "layout": layout}, lines)

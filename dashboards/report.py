@@ -1,0 +1,289 @@
+"""The report of a study: one HTML file that needs nothing else, or Markdown, LaTeX, or figures for a paper."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+import fffsweep
+from fffsweep.dashboards import depth_figures, figures, formats, paper, print_figures, training_figures
+from fffsweep.dashboards.figures import COLOURS, Figure
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
+from fffsweep.dashboards.verdicts import claims, decidability, layouts
+
+HERE = Path(__file__).parent
+_MOST_ROWS = 80  # trials; beyond, dominated ones are left out of the report's tables
+_LEAF_MAPS = 2
+_SECTIONS = (
+    ("answers", "Answers"),
+    ("results", "Results"),
+    ("figures", "Figures"),
+    ("setup", "Set-up"),
+    ("provenance", "Provenance"),
+    ("reproduce", "Reproduce"),
+    ("paper", "The paper"),
+)
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """The pages' templates; everything is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "duration": duration, "size": size, "moment": moment}
+    return environment
+
+
+def plotly_script() -> Path:
+    """plotly.js as the plotly package brings it; plotly itself is not imported, which would take a second."""
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("package plotly is not installed: pip install plotly")
+    return Path(spec.origin).parent / "package_data" / "plotly.min.js"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 10 s`, `5 h 2 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def moment(seconds: float) -> str:
+    """A time since 1970 as date and time, UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def write_report(view: StudyView, path: Path) -> Path:
+    """Write the HTML report to `path` and return it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html(view))
+    return path
+
+
+def write(view: StudyView, path: Path, format: str = "html") -> list[Path]:
+    """Write the report as `html`, `md` or `latex` to `path`, or `figures` (SVG and PDF) into the folder `path`; the files written."""
+    if format == "html":
+        return [write_report(view, path)]
+    if format == "figures":
+        return print_figures.write_figures(view, Path(path))
+    if format not in ("md", "latex"):
+        raise ValueError(f"format {format!r}: expected one of html, md, latex, figures")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(view) if format == "md" else latex(view))
+    return [path]
+
+
+def html(view: StudyView) -> str:
+    """The whole report as text."""
+    shown = shown_trials(view)
+    table = rows(view, shown)
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            view=view,
+            style=Markup((HERE / "static" / "style.css").read_text()),
+            script=Markup((HERE / "static" / "figures.js").read_text()),
+            plotly=Markup(plotly_script().read_text()),
+            colours=COLOURS,
+            version=fffsweep.__version__,
+            written=moment(view.updated_at),
+            sections=_SECTIONS,
+            tiles=tiles(view),
+            decidable=decidability(view),
+            claims=claims(view),
+            columns=used_columns(table),
+            rows=table if view.finished else [],
+            left_out=len(view.trials) - len(shown),
+            notes=formats.notes(view),
+            tasks=task_table(view, shown),
+            figures=report_figures(view),
+            setup=setup(view),
+            config=yaml.safe_dump(view.config, sort_keys=False, allow_unicode=True),
+            provenance=provenance(view),
+            keys=[(trial.id, trial.state, trial.collect_key or "–") for trial in shown],
+            commands=commands(view),
+            paper=paper_table(),
+            paper_speed=paper_speed_table(),
+        )
+    )
+
+
+def shown_trials(view: StudyView) -> list[TrialView]:
+    """Every trial of a study of usual size; the front and the controls of a larger one."""
+    if len(view.trials) <= _MOST_ROWS:
+        return view.trials
+    front = {entry.trial.id for entry in view.front()}
+    return [trial for trial in view.trials if trial.controls or trial.id in front]
+
+
+def report_figures(view: StudyView) -> list[Figure]:
+    """Figures of the report, those that have something to show."""
+    if not view.finished:
+        return []
+    deepest = sorted(layouts(view), key=lambda trial: -trial.shape.depth if trial.shape else 0)[:_LEAF_MAPS]
+    curved = training_figures.chosen_for_curves(view)
+    found = [
+        figures.pareto(view, *pareto_axes(view)),
+        depth_figures.quality_by_depth(view),
+        depth_figures.quality_by_active_width(view),
+        depth_figures.speedup_by_depth(view),
+        depth_figures.retention_by_depth(view),
+        training_figures.curves(view, curved),
+        training_figures.left_turns(layouts(view)[: training_figures.MOST_CURVES]),
+        *(training_figures.leaf_usage(trial) for trial in deepest),
+    ]
+    return [figure for figure in found if figure is not None and figure.spec["data"]]
+
+
+def pareto_axes(view: StudyView) -> tuple[str, str, str | None]:
+    """x, y and the colour of the Pareto figure: the study's first objective upwards, the second to the right, the third as colour."""
+    names = list(view.objectives)
+    return (names[0] if len(names) == 1 else names[1], names[0], names[2] if len(names) > 2 else None)
+
+
+def tiles(view: StudyView) -> list[tuple[str, str, str]]:
+    """Name, value and remark of the figures at the top."""
+    front, progress = view.front(), view.progress
+    fastest = max(
+        ((1 / time, trial) for trial in view.finished if trial.in_study and trial.variant == "fff" and (time := trial.value(REL_TIME))),
+        key=lambda pair: pair[0],
+        default=None,
+    )
+    shown = [
+        ("trials", f"{len(view.finished)} of {len(view.trials)}", "finished"),
+        ("stage runs", f"{progress['finished']} of {progress['total']}", f"{duration(view.compute_s)} of computing"),
+        ("replicates", str(view.num_replicates), "pretraining seeds of each trial"),
+        ("Pareto front", str(len(front)), "trials" if len(front) != 1 else "trial"),
+    ]
+    if view.reference:
+        shown.append(("dense quality", with_interval(view.reference.estimate(QUALITY), 1), "reference_dense, selection rows"))
+    if fastest:
+        shown.append(("fastest tree layer", f"{fastest[0]:.1f}x", f"{fastest[1].id}, over the dense reference"))
+    return shown
+
+
+def task_table(view: StudyView, trials: Sequence[TrialView]) -> dict[str, Any]:
+    """Scores of single tasks on the validation splits, and their baselines."""
+    finished = [trial for trial in trials if trial.metrics]
+    lines = [[trial.id, *(with_interval(trial.estimate(f"task/{task}/validation")) for task in view.tasks)] for trial in finished]
+    if view.reference:
+        baselines = [
+            view.reference.value(f"task/{task}/baseline_validation") or view.reference.value(f"task/{task}/baseline") for task in view.tasks
+        ]
+        lines.append(["majority/mean baseline", *(number(value) for value in baselines)])
+    return {"titles": ["trial", *view.tasks], "rows": lines}
+
+
+def setup(view: StudyView) -> list[tuple[str, str]]:
+    """What was varied and what was held fixed."""
+    config, stages = view.config, view.config.get("stages", {})
+    model = {name: value for name, value in config.get("model", {}).items() if not isinstance(value, dict)}
+    space = config.get("layouts") or [trial.layout for trial in view.trials if trial.in_study]
+    shown = [
+        ("objectives", "; ".join(f"{name} ({direction})" for name, direction in view.objectives.items())),
+        ("layouts", ", ".join(map(str, space[:40])) + (f" and {len(space) - 40} more" if len(space) > 40 else "")),
+        ("controls", ", ".join(config.get("controls", [])) or "none"),
+        ("model", _listed(model)),
+        ("seeds", _listed(view.config.get("seeds", {}))),
+    ]
+    return shown + [(name, _listed(settings)) for name, settings in stages.items() if isinstance(settings, dict)]
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    plain = {name: value for name, value in settings.items() if value not in (None, {}, [])}
+    return ", ".join(f"{name} {value if not isinstance(value, list) else ' '.join(map(str, value))}" for name, value in plain.items())
+
+
+def provenance(view: StudyView) -> list[tuple[str, str]]:
+    """What code, machines and data the results come from."""
+    found = view.provenance
+    machines = [
+        f"{m.get('cpu', 'unknown processor')}, {m.get('num_cores')} cores, {' '.join(m.get('instruction_sets', []))}"
+        + (f", {', '.join(m['gpus'])}" if m.get("gpus") else "")
+        for m in found["machines"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return [
+        ("commit", "; ".join(found["commits"]) or "unknown"),
+        ("versions", versions or "unknown"),
+        ("machine", "; ".join(machines) or "unknown"),
+        ("device", ", ".join(found["devices"]) or "unknown"),
+        ("data fingerprint", found["data"] or "unknown"),
+        ("seeds", _listed(found["seeds"])),
+    ]
+
+
+def commands(view: StudyView) -> list[tuple[str, str]]:
+    """What each command reproduces."""
+    name = shlex.quote(view.name)
+    return [
+        ("Run the sweep, or what is left of it:", f"fffsweep run {shlex.quote(view.name + '.yaml')}"),
+        ("Every metric of every trial with its interval:", f"fffsweep results {name} --format json"),
+        ("The results table:", f"fffsweep results {name} --format table"),
+        ("The Pareto front with its intervals and probabilities:", f"fffsweep pareto {name} --json"),
+        ("This report, its tables, its figures:", f"fffsweep report {name} --format html|md|latex|figures"),
+    ]
+
+
+def paper_table() -> dict[str, Any]:
+    """Table 1 of the paper, as transcribed."""
+    titles = ["model", "width", "active %", *paper.TASK_COLUMNS]
+    lines = [
+        [row.model, str(row.width), f"{row.active_percent:g}", *(number(row.scores.get(name), 1) for name in paper.TASK_COLUMNS)]
+        for row in paper.table()
+    ]
+    return {"titles": titles, "rows": lines}
+
+
+def paper_speed_table() -> dict[str, Any]:
+    """Table 2 of the paper, as transcribed."""
+    lines = paper.speedups()
+    titles = [name for name in lines[0] if name != "note"]
+    return {"titles": titles, "rows": [[line[name] or "–" for name in titles] for line in lines]}
+
+
+def markdown(view: StudyView) -> str:
+    """Answers and results in Markdown."""
+    judged = decidability(view)
+    text = f"# {formats.plain(view.name)}\n\n{formats.plain(view.description)}\n\n{formats.plain(judged.reason)}.\n\n## Answers\n\n"
+    for claim in claims(view):
+        text += f"- **{claim.question}** {claim.answer}\n"
+        text += "".join(f"  - {formats.plain(f.trial)}: {formats.plain(f.measured)}; {f.answer}; {f.confidence}\n" for f in claim.findings)
+    text += f"\n## Results\n\n{formats.markdown(view)}\n## Reproduce\n\n"
+    return text + "".join(f"{what}\n\n    {command}\n\n" for what, command in commands(view))
+
+
+def latex(view: StudyView) -> str:
+    """The results and the answers as LaTeX tables."""
+    text = formats.latex(view) + "\n\\begin{tabular}{llll}\n\\toprule\nclaim & layout & measured & answer \\\\\n\\midrule\n"
+    for claim in claims(view):
+        for finding in claim.findings:
+            cells = (claim.question, finding.trial, finding.measured, finding.answer)
+            text += " & ".join(formats.escaped(cell) for cell in cells) + " \\\\\n"
+    return text + "\\bottomrule\n\\end{tabular}\n"
