@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -15,10 +15,24 @@ class Settings(BaseModel):
     """A config block. Two equal blocks have equal canonical JSON, whatever order their keys were written in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    locations: ClassVar[frozenset[str]] = frozenset()  # fields that say where something lies, not what it is
 
     def resolved(self) -> dict[str, Any]:
         """Every field, defaults included, as plain JSON values."""
         return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """`resolved` without `locations`, in nested blocks too: what can determine a result. Keys hash this."""
+
+        def identity_of(value: Any, plain: Any) -> Any:
+            if isinstance(value, Settings):
+                return value.identity()
+            if isinstance(value, tuple | list):
+                return [identity_of(*pair) for pair in zip(value, plain, strict=True)]
+            return plain
+
+        plain = self.resolved()
+        return {name: identity_of(getattr(self, name), plain[name]) for name in plain if name not in self.locations}
 
 
 def parse_count(value: Any) -> Any:

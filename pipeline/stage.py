@@ -86,7 +86,10 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class StageRun:
-    """One execution to be, fully determined and plain enough to be sent to another machine."""
+    """One execution to be, fully determined and plain enough to be sent to another machine.
+
+    `config` is all that the stage is given; `identity` is the part of it that the key hashes, None for all of it.
+    """
 
     stage: str
     version: int
@@ -94,11 +97,15 @@ class StageRun:
     seed: int
     inputs: dict[str, str] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
-        """40 hexadecimal digits of SHA-256 over everything above."""
-        return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()[:40]
+        """40 hexadecimal digits of SHA-256 over everything above, `identity` in the place of `config`."""
+        hashed = asdict(self)
+        config, identity = hashed.pop("config"), hashed.pop("identity")
+        hashed["config"] = config if identity is None else identity
+        return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()[:40]
 
 
 _STAGES = {
@@ -127,4 +134,4 @@ def get_stage(name: str) -> Stage:
 def stage_run(name: str, config: Settings, seed: int = 0, inputs: Mapping[str, str] | None = None) -> StageRun:
     """The run of stage `name` with this config, seed and upstream keys (role -> key), fingerprints taken now."""
     stage = get_stage(name)
-    return StageRun(name, stage.version, config.resolved(), seed, dict(inputs or {}), stage.fingerprints(config))
+    return StageRun(name, stage.version, config.resolved(), seed, dict(inputs or {}), stage.fingerprints(config), config.identity())

