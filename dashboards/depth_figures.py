@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fffsweep.dashboards import paper
 from fffsweep.dashboards.figures import (
@@ -74,7 +75,7 @@ def quality_by_depth(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figur
             "quality-depth",
             "Quality against depth",
             "Is depth worth anything? Each dense_active control has as many neurons in all as its layout uses for one token. "
-            "Dashed: no feedforward layers. Dotted: the majority/mean baseline.",
+            "Dashed: no feedforward layers.",
             {"data": data, "layout": layout},
         ),
     )
@@ -98,7 +99,7 @@ def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -
             "quality-active-width",
             "Quality against active width",
             "Layouts above the dense_active controls at the same place gain from having more neurons than they use. "
-            "Dashed: no feedforward layers. Dotted: the majority/mean baseline.",
+            "Dashed: no feedforward layers.",
             {"data": data, "layout": layout},
         ),
     )
@@ -110,17 +111,21 @@ def _groups(view: StudyView, metric: str) -> dict[str, list[TrialView]]:
 
 
 def _finish(view: StudyView, metric: str, groups: dict[str, list[TrialView]], figure: Figure) -> Figure:
-    """Add the levels of `none` and of the baseline, and the rows."""
+    """Add the level of `none`, that of the baseline where it is near enough not to flatten the rest, and the rows."""
     none = view.no_feedforward
     layout = figure.spec["layout"]
     layout |= level(none, metric, "")
-    baseline = view.reference.value(BASELINE[metric]) if view.reference and metric in BASELINE else None
-    if baseline is not None:
-        line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": baseline, "y1": baseline, "layer": "below"}
-        layout.setdefault("shapes", []).append({**line, "line": {"color": "@none", "width": 1, "dash": "dot"}})
     shown = [trial for group in groups.values() for trial in group] + ([none] if none else [])
     figure.rows.extend(trial_rows(view, [metric], shown))
-    return figure
+    baseline = view.reference.value(BASELINE[metric]) if view.reference and metric in BASELINE else None
+    if baseline is None:
+        return figure
+    values = [trial.metrics[metric] for trial in shown if metric in trial.metrics]
+    if min(values) - baseline > 2 * (max(values) - min(values)):
+        return replace(figure, caption=f"{figure.caption} The majority/mean baseline, {baseline:.1f}, lies far below.")
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": baseline, "y1": baseline, "layer": "below"}
+    layout.setdefault("shapes", []).append({**line, "line": {"color": "@none", "width": 1, "dash": "dot"}})
+    return replace(figure, caption=f"{figure.caption} Dotted: the majority/mean baseline, {baseline:.1f}.")
 
 
 def speedup_by_depth(view: StudyView) -> Figure | None:
@@ -156,7 +161,9 @@ def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
     return {
         "type": "scatter",
         "mode": "lines+markers" if joined else "markers",
-        "name": f"{point.tokens} tokens, {point.mode}" + ("" if point.dtype == "float32" else f", {point.dtype}") + _threads(point),
+        "name": f"{point.tokens} token{'s' if point.tokens > 1 else ''}, {point.mode}"
+        + ("" if point.dtype == "float32" else f", {point.dtype}")
+        + _threads(point),
         "x": [trial.shape.depth for trial in timed if trial.shape],
         "y": speeds,
         "marker": {"color": f"@series{index % NUM_SERIES}", "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},

@@ -6,6 +6,7 @@ No plotly is imported: a specification is a dict that plotly.js draws, so that a
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,7 @@ class Figure:
     caption: str
     spec: Spec
     rows: list[dict[str, Any]] = field(default_factory=list)
+    height: int = 400
 
 
 def label(metric: str) -> str:
@@ -189,7 +191,7 @@ def pareto(
         data.append(faded)
     if members:
         mode = "markers+text" if third is None and len(members) <= _LABELLED else "markers"
-        drawn = points(view, members, x, y, "front", mode=mode, text=[trial.id for trial in members], textposition="top center")
+        drawn = points(view, members, x, y, "front", mode=mode, text=spaced_labels(members, x, y), textposition="top center")
         if third is None:
             step = "vh" if maximised(x, view.objectives) else "hv"
             drawn |= {"mode": f"lines+{mode}", "line": {"shape": step, "color": "@front", "width": 2}}
@@ -216,11 +218,25 @@ def pareto(
     caption = "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete."
     return Figure(
         "pareto",
-        f"Pareto front: {label(y)} against {label(x)}",
+        "Pareto front",
         caption,
         {"data": data, "layout": layout},
         trial_rows(view, names, shown, overlays),
     )
+
+
+def spaced_labels(trials: Sequence[TrialView], x: str, y: str) -> list[str]:
+    """Names of trials in order along the front; one that would lie on the name before it is left empty (hovering tells it)."""
+    log = is_wide([trial.metrics[x] for trial in trials])
+    places = [(math.log(trial.metrics[x]) if log else trial.metrics[x], trial.metrics[y]) for trial in trials]
+    spans = [max(column) - min(column) or 1.0 for column in zip(*places, strict=True)]
+    labels: list[str] = []
+    last = None
+    for trial, place in zip(trials, places, strict=True):
+        near = last is not None and all(abs(a - b) / span < gap for a, b, span, gap in zip(place, last, spans, (0.12, 0.08), strict=True))
+        labels.append("" if near else trial.id)
+        last = last if near else place
+    return labels
 
 
 def trial_rows(view: StudyView, names: Sequence[str], *groups: Sequence[TrialView]) -> list[dict[str, Any]]:

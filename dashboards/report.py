@@ -182,7 +182,8 @@ def tiles(view: StudyView) -> list[tuple[str, str, str]]:
         ("Pareto front", str(len(front)), "trials" if len(front) != 1 else "trial"),
     ]
     if view.reference:
-        shown.append(("dense quality", with_interval(view.reference.estimate(QUALITY), 1), "reference_dense, selection rows"))
+        whole = with_interval(view.reference.estimate(QUALITY), 1)
+        shown.append(("dense quality", whole.partition(" ")[0], f"{whole.partition(' ')[2]} reference_dense, selection rows".strip()))
     if fastest:
         shown.append(("fastest tree layer", f"{fastest[0]:.1f}x", f"{fastest[1].id}, over the dense reference"))
     return shown
@@ -217,7 +218,14 @@ def setup(view: StudyView) -> list[tuple[str, str]]:
 
 def _listed(settings: dict[str, Any]) -> str:
     plain = {name: value for name, value in settings.items() if value not in (None, {}, [])}
-    return ", ".join(f"{name} {value if not isinstance(value, list) else ' '.join(map(str, value))}" for name, value in plain.items())
+    return ", ".join(f"{name} {_flat(value)}" for name, value in plain.items())
+
+
+def _flat(value: Any) -> str:
+    """A setting's value without brackets."""
+    if isinstance(value, dict):
+        return "/".join(map(_flat, value.values()))
+    return " ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def provenance(view: StudyView) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def leaf_usage(trial: TrialView, replicate: int = 0) -> Figure | None:
         "Entropy 1 is even use, 0 a single leaf."
     )
     slug = "leaf-usage-" + "".join(c if c.isalnum() else "-" for c in trial.id)
-    return Figure(slug, f"Leaf usage of {trial.id}", caption, {"data": [heat], "layout": layout}, rows)
+    return Figure(slug, f"Leaf usage of {trial.id}", caption, {"data": [heat], "layout": layout}, rows, 130 + 28 * len(names))
 
 
 def left_turns(trials: Sequence[TrialView], replicate: int = 0) -> Figure | None:

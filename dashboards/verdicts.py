@@ -64,14 +64,12 @@ def decidability(view: StudyView) -> Decidability:
     if not shared:
         return Decidability(False, "the reference has no quality beside its baseline")
     gap = stats.difference([scores[r] for r in shared], [baselines[r] for r in shared])
-    shown = f"the dense reference lies {gap.mean:+.2f} points from the majority/mean baseline"
+    shown = f"the dense reference lies {abs(gap.mean):.2f} points {'above' if gap.mean >= 0 else 'below'} the majority/mean baseline"
     if gap.interval is None:
-        return Decidability(
-            False, f"{shown}, and one replicate gives no interval to judge that by; this scale shows mechanics, not quality"
-        )
+        return Decidability(False, f"{shown}, and one replicate gives no interval to judge that by: mechanics are shown, not quality")
     shown += f" [{gap.interval[0]:+.2f}, {gap.interval[1]:+.2f}]"
     if _answer(gap, gap.p_value) != "yes":
-        return Decidability(False, f"{shown}: not shown to beat it, so this scale shows mechanics, not quality")
+        return Decidability(False, f"{shown}: not surely above it, so mechanics are shown, not quality")
     return Decidability(True, shown)
 
 

@@ -13,9 +13,11 @@ const figures = (() => {
   const themed = (layout, width) => {
     const narrow = width < 520;
     const ink = css("--ink"), line = css("--line");
-    const axis = (own) => ({ gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, ...own });
+    const size = narrow ? 11 : 13;
+    const titled = (own) => ({ ...own, title: { ...own.title, font: { size } } });
+    const axis = (own) => titled({ gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, ...own });
     return {
-      font: { color: ink, size: narrow ? 11 : 13, family: getComputedStyle(document.body).fontFamily },
+      font: { color: ink, size, family: getComputedStyle(document.body).fontFamily },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: narrow ? 44 : 62, r: 12, t: 12, b: 50 },
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },

@@ -33,6 +33,10 @@ def without_fsync():
         yield
 
 
+def _run(stage, config, seed, inputs, fingerprints=None):
+    return StageRun(stage, 1, config, config, seed, inputs, fingerprints or {})
+
+
 class Generator:
     """Writes one study. `learned`: whether quality rises above the baseline. `finished`: trials that are complete; the next one runs."""
 
@@ -117,11 +121,11 @@ class Generator:
         model = ModelSettings(**SIZES, feedforward=FeedForward(**layer))
         state = "complete" if index < self.finished else "running" if index == self.finished else "waiting"
         stages, collected = [], {}
-        prepare = StageRun("prepare", 1, {"source": f"wheels, for {self.name}"}, 0, {}, {"data": "3f1c" * 10})
+        prepare = _run("prepare", {"source": f"wheels, for {self.name}"}, 0, {}, {"data": "3f1c" * 10})
         stages.append(self._stage("prepare", prepare, None, "complete", {"data/train_sequences": 9000.0}, {}))
         for replicate in range(self.replicates):
             shift = float(self.noise.normal(0, 0.4))
-            run = StageRun("pretrain", 1, {"model": model.resolved(), "tokens": 400_000}, replicate, {"prepare": prepare.key})
+            run = _run("pretrain", {"model": model.resolved(), "tokens": 400_000}, replicate, {"prepare": prepare.key})
             first = "running" if state == "running" and replicate == 0 else state if state != "running" else "waiting"
             stages.append(self._stage(f"pretrain/{replicate}", run, replicate, first, *self._pretrained(model, shift)))
             collected[f"pretrain/{replicate}"] = run.key
@@ -129,14 +133,14 @@ class Generator:
             later = state if state != "running" else "waiting"
             for task in self.tasks:
                 for number in range(self.finetunings):
-                    tuned = StageRun("finetune", 1, {"task": task}, number, inputs)
+                    tuned = _run("finetune", {"task": task}, number, inputs)
                     label = f"finetune/{replicate}/{task}/{number}"
                     stages.append(self._stage(label, tuned, replicate, later, self._finetuned(model, task, shift), {}))
                     collected[label] = tuned.key
-            bench = StageRun("benchmark_cpu", 1, {}, replicate, inputs, {"machine": "generated"})
+            bench = _run("benchmark_cpu", {}, replicate, inputs, {"machine": "generated"})
             stages.append(self._stage(f"benchmark_cpu/{replicate}", bench, replicate, later, self._timed(model), {}))
             collected[f"benchmark_cpu/{replicate}"] = bench.key
-        collect = StageRun("collect", 1, {"tasks": list(self.tasks)}, 0, collected)
+        collect = _run("collect", {"tasks": list(self.tasks)}, 0, collected)
         metrics = self._collected(collected) if state == "complete" else {}
         stages.append(self._stage("collect", collect, None, later, metrics, {}))
         return {
