@@ -1,32 +1,86 @@
-// The function table of one instruction set.
+// The function table of one instruction set: which walk takes a call, and how it is shared between threads.
 #pragma once
+#include "batch_walk.h"
 #include "token_walk.h"
 
 namespace CMM_ISA {
 
-constexpr int64_t kTokensPerTask = 8;
+constexpr int64_t kFewTokens = 2;         // below this a token walks alone
+constexpr int64_t kPassTokens = 1 << 16;  // of one pass, which bounds its memory
 
 template <class X, class W>
 struct Kernels {
-  static size_t buffers(const cmm_layer& layer) { return (size_t)round_up((int64_t)TokenBuffers<W>::bytes(layer), 64); }
+  typedef typename X::type Element;
+
+  static size_t token_bytes(const cmm_layer& layer) { return (size_t)round_up((int64_t)TokenBuffers<W>::bytes(layer), 64); }
+
+  // A layer of several trees goes through all of them chunk by chunk, one thread a chunk: its tokens and sums stay in the cache.
+  static int64_t chunk_tokens(const cmm_forward_call* call) {
+    const int64_t share = (call->tokens + call->threads - 1) / call->threads;
+    return share < kChunk ? share : kChunk;
+  }
+  static size_t chunk_bytes(const cmm_forward_call* call) {
+    const int64_t tokens = chunk_tokens(call);
+    return (size_t)round_up(tokens * call->layer.hidden * 4, 64) + PassMemory::bytes(tokens, call->layer.levels);
+  }
+
+  static size_t forward_scratch(const cmm_forward_call* call) {
+    if (call->tokens < kFewTokens) return token_bytes(call->layer);
+    if (call->layer.trees > 1) return chunk_bytes(call) * call->threads;
+    return PassMemory::bytes(call->tokens < kPassTokens ? call->tokens : kPassTokens, call->layer.levels);
+  }
 
   static void forward(const cmm_forward_call* call) {
-    const int64_t tasks = (call->tokens + kTokensPerTask - 1) / kTokensPerTask;
-    const int64_t lots = tasks < call->threads ? tasks : call->threads;
-    struct Context {
-      const cmm_forward_call* call;
-      int64_t lots;
-    } context{call, lots};
-    call->parallel(
-        lots,
-        [](void* raw, int64_t lot) {
-          auto* c = (Context*)raw;
-          TokenBuffers<W> memory(c->call->layer, (char*)c->call->scratch + lot * buffers(c->call->layer));
-          for (int64_t t = c->call->tokens * lot / c->lots; t < c->call->tokens * (lot + 1) / c->lots; ++t)
-            forward_token<X, W>(c->call, t, memory);
-        },
-        &context);
+    if (call->tokens < kFewTokens) {
+      TokenBuffers<W> memory(call->layer, call->scratch);
+      for (int64_t t = 0; t < call->tokens; ++t) forward_token<X, W>(call, t, memory);
+    } else if (call->layer.trees == 1) {
+      one_tree(call);
+    } else {
+      call->parallel(call->threads, [](void* raw, int64_t lot) { several_trees((const cmm_forward_call*)raw, lot); }, (void*)call);
+    }
   }
+
+  static void one_tree(const cmm_forward_call* call) {
+    const int64_t hidden = call->layer.hidden, row_bytes = hidden * sizeof(Element);
+    const bool stream = call->tokens * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)call->y % 64 == 0;
+    for (int64_t first = 0; first < call->tokens; first += kPassTokens) {
+      const int64_t tokens = call->tokens - first < kPassTokens ? call->tokens - first : kPassTokens;
+      TreePass<X, X, W> pass(call, 0, first, tokens, (Element*)call->y + first * hidden, call->scratch);
+      if (stream)
+        pass.template run<kStream>(call->parallel, call->threads);
+      else
+        pass.template run<kStore>(call->parallel, call->threads);
+    }
+  }
+
+  static void several_trees(const cmm_forward_call* call, int64_t lot) {
+    const int64_t hidden = call->layer.hidden, chunk = chunk_tokens(call), chunks = (call->tokens + chunk - 1) / chunk;
+    char* memory = (char*)call->scratch + lot * chunk_bytes(call);
+    float* sums = (float*)memory;
+    for (int64_t c = chunks * lot / call->threads; c < chunks * (lot + 1) / call->threads; ++c) {
+      const int64_t first = c * chunk, tokens = call->tokens - first < chunk ? call->tokens - first : chunk;
+      Element* out = (Element*)call->y + first * hidden;
+      // float32 outputs are summed in place
+      float* y = sizeof(Element) == 4 ? (float*)out : sums;
+      for (int32_t tree = 0; tree < call->layer.trees; ++tree) {
+        TreePass<X, F32, W> pass(call, tree, first, tokens, y, memory + round_up(chunk * hidden * 4, 64));
+        if (tree == 0)
+          pass.template run<kStore>(serial, 1);
+        else
+          pass.template run<kAdd>(serial, 1);
+      }
+      if (sizeof(Element) == 2) narrow(sums, (uint16_t*)out, tokens * hidden);
+    }
+  }
+
+  static void narrow(const float* from, uint16_t* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) BF16::store(to + i, F32::load(from + i));
+    if (i < count) BF16::store_part(to + i, F32::load_part(from + i, (int)(count - i)), (int)(count - i));
+  }
+
+  static size_t backward_scratch(const cmm_backward_call* call) { return token_bytes(call->layer); }
 
   static void backward(const cmm_backward_call* call) {
     TokenBuffers<W> memory(call->layer, call->scratch);
@@ -34,7 +88,7 @@ struct Kernels {
   }
 };
 
-// Calls f with the element types of the layer.
+// Calls f with the kernels for the element types of the layer.
 template <class F>
 CMM_INLINE auto with_types(const cmm_layer& layer, F f) {
   if (layer.w_dtype == CMM_F32) return f(Kernels<F32, F32>());
@@ -43,13 +97,13 @@ CMM_INLINE auto with_types(const cmm_layer& layer, F f) {
 }
 
 size_t forward_scratch(const cmm_forward_call* call) {
-  return with_types(call->layer, [&](auto k) { return call->threads * k.buffers(call->layer); });
+  return with_types(call->layer, [&](auto k) { return k.forward_scratch(call); });
 }
 void forward(const cmm_forward_call* call) {
   with_types(call->layer, [&](auto k) { k.forward(call); });
 }
 size_t backward_scratch(const cmm_backward_call* call) {
-  return with_types(call->layer, [&](auto k) { return k.buffers(call->layer); });
+  return with_types(call->layer, [&](auto k) { return k.backward_scratch(call); });
 }
 void backward(const cmm_backward_call* call) {
   with_types(call->layer, [&](auto k) { k.backward(call); });

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "cmm.h"
+#include "output_pool.h"
 
 namespace {
 
@@ -84,7 +85,7 @@ void forward_into(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_i
 Tensor cmm(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels, int64_t activation,
            int64_t isa) {
   check(x, w_in, b_in, w_out, levels);
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = cmm_pool::empty(x.sizes(), x.options());
   forward_into(x, w_in, b_in, w_out, levels, activation, isa, y, nullptr, nullptr);
   return y;
 }
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> cmm_train(const Tensor& x, const Tensor& w_in
                                              int64_t levels, int64_t activation, int64_t isa) {
   check(x, w_in, b_in, w_out, levels);
   const int64_t tokens = x.size(-1) ? x.numel() / x.size(-1) : 0, trees = w_in.size(0);
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = cmm_pool::empty(x.sizes(), x.options());
   Tensor logits = at::empty({tokens, trees, levels}, x.options().dtype(at::kFloat));
   Tensor leaves = at::empty({tokens, trees}, x.options().dtype(at::kInt));
   forward_into(x, w_in, b_in, w_out, levels, activation, isa, y, logits.mutable_data_ptr<float>(), leaves.mutable_data_ptr<int32_t>());
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
   auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous(), grad = grad_y.expect_contiguous();
   auto kept = logits.expect_contiguous(), last = leaves.expect_contiguous();
   auto wide = w_in.options().dtype(at::kFloat);
-  Tensor grad_x = at::empty(x.sizes(), x.options());
+  Tensor grad_x = cmm_pool::empty(x.sizes(), x.options());
   Tensor grad_in = at::zeros(w_in.sizes(), wide), grad_out = at::zeros(w_in.sizes(), wide);
   Tensor grad_bias = b_in ? at::zeros(b_in->sizes(), wide) : at::empty({0}, wide);
   if (x.numel()) {

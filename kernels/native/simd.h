@@ -18,10 +18,21 @@ typedef uint16_t vh __attribute__((vector_size(CMM_LANES * 2)));
 typedef uint16_t vh_any __attribute__((vector_size(CMM_LANES * 2), aligned(2), may_alias));
 
 #define CMM_INLINE inline __attribute__((always_inline))
+#define CMM_UNROLL _Pragma("GCC unroll 32")
 
 CMM_INLINE vf splat(float a) { return a - vf{}; }
 CMM_INLINE vf zero() { return vf{}; }
 CMM_INLINE vu bits(vf a) { return (vu)a; }
+
+// Holds a value in a register: compilers else fold the load into each of its uses, and one 512-bit load a cycle is the limit.
+template <class V>
+CMM_INLINE void hold(V& a) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(a));
+#elif defined(__SSE__)
+  asm("" : "+x"(a));
+#endif
+}
 
 CMM_INLINE float sum(vf a) {
 #if defined(__AVX512F__)

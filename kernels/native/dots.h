@@ -1,0 +1,108 @@
+// Dot products of several tokens with one node, or with a node and both its children, and sums of weighted rows.
+// Tokens are blocked so that a row is loaded once for all of them; prefetches of later rows are spread, a line a step.
+#pragma once
+#include "simd.h"
+
+namespace CMM_ISA {
+
+// Tokens a block: 3 nodes x 8 tokens fill 24 of 32 vector registers, 3 x 4 fill 12 of 16.
+#if defined(__AVX512F__)
+constexpr int kBlock = 8;
+#else
+constexpr int kBlock = 4;
+#endif
+constexpr int kAheadRows = 4;  // rows that are prefetched meanwhile
+constexpr int kColumns = 3;  // vectors of output held for each token of a block in a combination
+
+CMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// One multiply-accumulate step on `kStep` elements of rows of types X and W.
+template <class X, class W>
+struct Step {
+  static constexpr int kStep = kLanes;
+  typedef vf in;
+  static CMM_INLINE in load_x(const typename X::type* p) { return X::load(p); }
+  static CMM_INLINE in load_w(const typename W::type* p) { return W::load(p); }
+  static CMM_INLINE in part_x(const typename X::type* p, int n) { return X::load_part(p, n); }
+  static CMM_INLINE in part_w(const typename W::type* p, int n) { return W::load_part(p, n); }
+  static CMM_INLINE vf add(vf sum, in x, in w) { return sum + x * w; }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16 are multiplied and added in float32 by one instruction.
+template <>
+struct Step<BF16, BF16> {
+  static constexpr int kStep = 32;
+  typedef __m512i in;
+  static CMM_INLINE in load_x(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static CMM_INLINE in load_w(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static CMM_INLINE in part_x(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+  static CMM_INLINE in part_w(const uint16_t* p, int n) { return part_x(p, n); }
+  static CMM_INLINE vf add(vf sum, in x, in w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+};
+#endif
+
+// out[i] = sum of the lanes of sums[i], by a transposing tree: three operations halve two vectors into one.
+template <int N>
+CMM_INLINE void reduce(const vf (&sums)[N], float (&out)[N]) {
+#if defined(__AVX512F__)
+  constexpr int kGroup = 8;
+  CMM_UNROLL for (int first = 0; first < N; first += kGroup) {
+    __m512 quads[2];
+    CMM_UNROLL for (int half = 0; half < 2; ++half) {
+      __m512 a[4], pairs[2];
+      CMM_UNROLL for (int i = 0; i < 4; ++i) a[i] = first + 4 * half + i < N ? (__m512)sums[first + 4 * half + i] : _mm512_setzero_ps();
+      CMM_UNROLL for (int i = 0; i < 2; ++i)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+      __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(pairs[0]), _mm512_castps_pd(pairs[1]));
+      __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(pairs[0]), _mm512_castps_pd(pairs[1]));
+      quads[half] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    }
+    __m512 both = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    both = _mm512_add_ps(_mm512_shuffle_f32x4(both, both, 0x88), _mm512_shuffle_f32x4(both, both, 0xdd));
+    _mm512_mask_storeu_ps(out + first, (__mmask16)((1u << (N - first < kGroup ? N - first : kGroup)) - 1), both);
+  }
+#else
+  CMM_UNROLL for (int i = 0; i < N; ++i) out[i] = sum(sums[i]);
+#endif
+}
+
+// logits[n * T + t] = x[t] . (row n of `nodes` rows: w0, then w1, then the row after w1); `ahead` are rows to prefetch meanwhile.
+template <int kNodes, int T, class X, class W>
+CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* w0, const typename W::type* w1, int64_t hidden,
+                     const char* const* ahead, float (&logits)[kNodes * T]) {
+  typedef Step<X, W> S;
+  const typename X::type* rows[T];
+  CMM_UNROLL for (int t = 0; t < T; ++t) rows[t] = x[t];
+  const typename W::type* w[3] = {w0, w1, w1 + hidden};
+  const char* later[kAheadRows];
+  CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) later[r] = ahead[r];
+  constexpr int kLineStep = S::kStep * sizeof(typename X::type) < 64 ? 64 / (S::kStep * sizeof(typename X::type)) : 1;
+  vf sums[kNodes * T];
+  CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) sums[i] = zero();
+  int64_t i = 0;
+  for (; i + S::kStep * kLineStep <= hidden; i += S::kStep * kLineStep) {
+    CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch(later[r] + i * sizeof(typename X::type));
+    CMM_UNROLL for (int u = 0; u < kLineStep; ++u) {
+      const int64_t at = i + u * S::kStep;
+      typename S::in row[kNodes];
+      CMM_UNROLL for (int n = 0; n < kNodes; ++n) row[n] = S::load_w(w[n] + at);
+      CMM_UNROLL for (int t = 0; t < T; ++t) {
+        typename S::in token = S::load_x(rows[t] + at);
+        if (kNodes > 1) hold(token);
+        
+        CMM_UNROLL for (int n = 0; n < kNodes; ++n) sums[n * T + t] = S::add(sums[n * T + t], token, row[n]);
+      }
+    }
+  }
+  for (; i < hidden; i += S::kStep) {
+    const int left = (int)(hidden - i < S::kStep ? hidden - i : S::kStep);
+    CMM_UNROLL for (int t = 0; t < T; ++t) {
+      typename S::in token = S::part_x(rows[t] + i, left);
+      CMM_UNROLL for (int n = 0; n < kNodes; ++n) sums[n * T + t] = S::add(sums[n * T + t], token, S::part_w(w[n] + i, left));
+    }
+  }
+  reduce(sums, logits);
+}
+
+}  // namespace CMM_ISA

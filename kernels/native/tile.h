@@ -1,0 +1,208 @@
+// A tile: up to kTile tokens that walk some levels together, regrouped by node after every pass so that a row serves many tokens.
+#pragma once
+#include "activation.h"
+#include "cmm.h"
+#include "combine.h"
+
+namespace CMM_ISA {
+
+constexpr int kTile = 128;  // 128 rows of 3 KB stay in a second-level cache with the rows of the top levels
+constexpr int kMaxLevels = 31;
+constexpr int kRowsAhead = 4;  // groups between the prefetch of a row and its use
+
+// Weights of one tree.
+template <class W>
+struct Tree {
+  const typename W::type *w_in, *b_in, *w_out;
+  int64_t hidden;
+  int levels;
+  Tree(const cmm_layer& layer, int32_t tree)
+      : w_in((const typename W::type*)layer.w_in + (int64_t)tree * layer.nodes * layer.hidden),
+        b_in(layer.b_in ? (const typename W::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr),
+        w_out((const typename W::type*)layer.w_out + (int64_t)tree * layer.nodes * layer.hidden),
+        hidden(layer.hidden),
+        levels(layer.levels) {}
+  float bias(int64_t node) const { return b_in ? W::scalar(b_in[node]) : 0.0f; }
+};
+
+// Rows to bring into the cache while this tile is computed: those of the next one.
+struct Ahead {
+  const char* rows[kTile + 64];
+  int next = 0, count = 0;
+  void add(const void* row) {
+    if (count < kTile + 64) rows[count++] = (const char*)row;
+  }
+  // `n` rows; `spare`, which is in the cache, where there are no more
+  CMM_INLINE void take(const char** into, int n, const void* spare) {
+    for (int i = 0; i < n; ++i) into[i] = next < count ? rows[next++] : (const char*)spare;
+  }
+};
+
+struct Group {
+  int32_t node, begin, end;  // tokens order[begin, end) stand at node
+};
+
+template <class X>
+struct Tile {
+  int size = 0, num_groups = 0;
+  const typename X::type* x[kTile];
+  int32_t token[kTile];
+  alignas(64) float logits[kTile * kMaxLevels + 64];  // [size, levels]
+  uint8_t order[kTile], key[kTile];
+  Group groups[kTile];
+};
+
+// Calls f(integral_constant<T>) for a run-time count of 1 to kBlock tokens.
+template <int T>
+struct Count {
+  static constexpr int value = T;
+};
+template <int T = kBlock, class F>
+CMM_INLINE void with_count(int count, F f) {
+  if constexpr (T == 1) {
+    f(Count<1>());
+  } else {
+    if (count == T) return f(Count<T>());
+    with_count<T - 1>(count, f);
+  }
+}
+
+template <int kNodes, int T, class X, class W>
+__attribute__((noinline)) void dots_of(const typename X::type* const* x, const typename W::type* w0, const typename W::type* w1,
+                                       int64_t hidden, const char* const* ahead, float* logits) {
+  float out[kNodes * T];
+  dots<kNodes, T, X, W>(x, w0, w1, hidden, ahead, out);
+  memcpy(logits, out, sizeof out);
+}
+
+// One pass over the groups of a tile: logits of one level, or of two (a node and both children for all its tokens: a third of
+// the work goes unused, and the tokens are read half as often). Regroups the tokens; a final pass groups them by their leaf.
+template <int kPass, class X, class W>
+void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahead) {
+  constexpr int kNodes = kPass == 2 ? 3 : 1;
+  const bool scattered = tile.num_groups * 2 > tile.size;
+  Group next[kTile];
+  uint8_t order[kTile];
+  int num_next = 0;
+  for (int g = 0; g < tile.num_groups; ++g) {
+    const Group group = tile.groups[g];
+    const int64_t node = group.node, left = 2 * node + 1;
+    const auto *w0 = tree.w_in + node * tree.hidden, *w1 = kPass == 2 ? tree.w_in + left * tree.hidden : w0;
+    const float bias[3] = {tree.bias(node), kPass == 2 ? tree.bias(left) : 0.0f, kPass == 2 ? tree.bias(left + 1) : 0.0f};
+    int32_t counts[4] = {};
+    for (int at = group.begin; at < group.end; at += kBlock) {
+      const int count = group.end - at < kBlock ? group.end - at : kBlock;
+      const typename X::type* x[kBlock];
+      for (int t = 0; t < count; ++t) x[t] = tile.x[tile.order[at + t]];
+      const char* rows[kAheadRows];
+      if (scattered) {
+        const int later = g + kRowsAhead < tile.num_groups ? g + kRowsAhead : g;
+        rows[0] = (const char*)(tree.w_in + tile.groups[later].node * tree.hidden);
+        rows[1] = (const char*)(tree.w_out + node * tree.hidden);
+        for (int r = 2; r < kAheadRows; ++r) rows[r] = (const char*)w0;
+      } else {
+        ahead.take(rows, kAheadRows, w0);
+      }
+      float found[3 * kBlock];
+      with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, w0, w1, tree.hidden, rows, found); });
+      for (int t = 0; t < count; ++t) {
+        const int token = tile.order[at + t];
+        float* logits = tile.logits + token * tree.levels + level;
+        logits[0] = found[t] + bias[0];
+        int key = logits[0] > 0.0f;
+        if (kPass == 2) {
+          logits[1] = found[count * (1 + key) + t] + bias[1 + key];
+          if (!final) key = 2 * key + (logits[1] > 0.0f);
+        } else if (final) {
+          key = 0;
+        }
+        tile.key[token] = (uint8_t)key;
+        ++counts[key];
+      }
+    }
+    // a final pass of one level stays at its node, any other goes to a child, or after two levels to a grandchild
+    const int64_t first = kPass == 1 && final ? node : (kPass == 2 && !final ? 4 * node + 3 : left);
+    int32_t begin[4], at = group.begin;
+    for (int key = 0; key < 4; ++key) {
+      begin[key] = at;
+      if (counts[key]) next[num_next++] = {(int32_t)(first + key), at, at + counts[key]};
+      at += counts[key];
+    }
+    for (int i = group.begin; i < group.end; ++i) order[begin[tile.key[tile.order[i]]]++] = tile.order[i];
+  }
+  memcpy(tile.order, order, tile.size);
+  memcpy(tile.groups, next, num_next * sizeof(Group));
+  tile.num_groups = num_next;
+}
+
+// Walks the tokens of a tile from `root` at level `begin` down to level `end`.
+template <class X, class W>
+void descend(Tile<X>& tile, const Tree<W>& tree, int32_t root, int begin, int end, Ahead& ahead) {
+  for (int i = 0; i < tile.size; ++i) tile.order[i] = (uint8_t)i;
+  tile.groups[0] = {root, 0, tile.size};
+  tile.num_groups = 1;
+  while (begin < end) {
+    // where tokens are alone at their nodes, memory is the limit and an unused row costs more than reading a token twice
+    const bool two = begin + 1 < end && tile.num_groups * 2 <= tile.size;
+    const bool final = begin + (two ? 2 : 1) == tree.levels;
+    if (two)
+      pass<2, X, W>(tile, tree, begin, final, ahead);
+    else
+      pass<1, X, W>(tile, tree, begin, final, ahead);
+    begin += two ? 2 : 1;
+  }
+}
+
+template <int T, Store kHow, class Y, class W>
+__attribute__((noinline)) void combine_of(const float* const* weights, const typename W::type* const* rows, int levels,
+                                          typename Y::type* const* y, int64_t hidden, const char* const* ahead) {
+  Combine<T, kHow, Y, W>::run(weights, rows, levels, y, hidden, ahead);
+}
+
+// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, levels].
+template <Store kHow, class X, class Y, class W>
+void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y::type* const* y, Ahead& ahead) {
+#if defined(__AVX512BF16__)
+  constexpr bool kPairs = sizeof(typename Y::type) == 2 && sizeof(typename W::type) == 2 && kHow != kAdd;
+  const int pairs = (tree.levels + 1) / 2;
+  alignas(64) uint32_t packed[kPairs ? kTile * (kMaxLevels + 1) / 2 : 1];
+  if constexpr (kPairs) {
+    uint16_t* out = (uint16_t*)packed;
+    for (int i = 0; i < tile.size; ++i) {
+      for (int k = 0; k < tree.levels; k += 16) {
+        const int n = tree.levels - k < 16 ? tree.levels - k : 16;
+        const __mmask16 mask = (__mmask16)((1u << n) - 1);
+        // the mask leaves a zero beside the last level of an odd number
+        _mm256_mask_storeu_epi16(out + 2 * pairs * i + k, (__mmask16)((1u << (n + n % 2)) - 1),
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, hidden + i * tree.levels + k)));
+      }
+    }
+  }
+#endif
+  for (int g = 0; g < tile.num_groups; ++g) {
+    const Group group = tile.groups[g];
+    const typename W::type* rows[kMaxLevels];
+    int64_t node = group.node;
+    for (int level = tree.levels - 1; level >= 0; --level, node = (node - 1) / 2) rows[level] = tree.w_out + node * tree.hidden;
+    for (int at = group.begin; at < group.end; at += kBlock) {
+      const int count = group.end - at < kBlock ? group.end - at : kBlock;
+      typename Y::type* out[kBlock];
+      const char* later[kAheadRows];
+      ahead.take(later, kAheadRows, rows[0]);
+      for (int t = 0; t < count; ++t) out[t] = y[tile.order[at + t]];
+#if defined(__AVX512BF16__)
+      if constexpr (kPairs) {
+        const uint32_t* weights[kBlock];
+        for (int t = 0; t < count; ++t) weights[t] = packed + tile.order[at + t] * pairs;
+        with_count(count, [&](auto n) { CombinePairs<n.value, kHow>::run(weights, rows, tree.levels, out, tree.hidden, later); });
+        continue;
+      }
+#endif
+      const float* weights[kBlock];
+      for (int t = 0; t < count; ++t) weights[t] = hidden + tile.order[at + t] * tree.levels;
+      with_count(count, [&](auto n) { combine_of<n.value, kHow, Y, W>(weights, rows, tree.levels, out, tree.hidden, later); });
+    }
+  }
+}
+
+}  // namespace CMM_ISA
