@@ -159,3 +159,19 @@ def test_nothing_names_a_place_of_one_machine() -> None:
         if places.search(line)
     ]
     assert not found
+
+
+def test_readme_names_files_that_exist() -> None:
+    """Its tree, its table and its links."""
+    text = (CHECKOUT / "README.md").read_text()
+    named = set(re.findall(r"`((?:kernels|pipeline|sweeps|dashboards|tests|docs|fffsweep)/[\w./]*)`", text))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
+    folder = ""
+    for line in text.partition("## The tree")[2].partition("```\n")[2].partition("```")[0].splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0]
+            named.add(folder)
+        else:
+            named.add(folder + line.split()[0].replace("*.yaml", "quickstart.yaml"))
+    assert len(named) > 30
+    assert {name for name in named if not (CHECKOUT / name).exists()} == set()
