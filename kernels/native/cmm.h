@@ -46,7 +46,7 @@ typedef struct cmm_backward_call {
   const int32_t* leaves;
   int64_t tokens;
   void* grad_x;       // x_dtype
-  float* grad_w_in;   // zeroed by the caller, as the next two; only visited rows are written
+  float* grad_w_in;   // written whole: zeros where no token went
   float* grad_b_in;   // may be null
   float* grad_w_out;
   void* scratch;      // cmm_backward_scratch bytes, aligned to 64

@@ -67,14 +67,15 @@ CMM_INLINE void reduce(const vf (&sums)[N], float (&out)[N]) {
 #endif
 }
 
-// logits[n * T + t] = x[t] . (row n of `nodes` rows: w0, then w1, then the row after w1); `ahead` are rows to prefetch meanwhile.
+// logits[n * T + t] = x[t] . nodes[n]; `ahead` are rows to prefetch meanwhile.
 template <int kNodes, int T, class X, class W>
-CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* w0, const typename W::type* w1, int64_t hidden,
-                     const char* const* ahead, float (&logits)[kNodes * T]) {
+CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* const* nodes, int64_t hidden, const char* const* ahead,
+                     float (&logits)[kNodes * T]) {
   typedef Step<X, W> S;
   const typename X::type* rows[T];
   CMM_UNROLL for (int t = 0; t < T; ++t) rows[t] = x[t];
-  const typename W::type* w[3] = {w0, w1, w1 + hidden};
+  const typename W::type* w[kNodes];
+  CMM_UNROLL for (int n = 0; n < kNodes; ++n) w[n] = nodes[n];
   const char* later[kAheadRows];
   CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) later[r] = ahead[r];
   constexpr int kLineStep = S::kStep * sizeof(typename X::type) < 64 ? 64 / (S::kStep * sizeof(typename X::type)) : 1;

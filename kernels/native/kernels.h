@@ -1,5 +1,6 @@
 // The function table of one instruction set: which walk takes a call, and how it is shared between threads.
 #pragma once
+#include "batch_backward.h"
 #include "batch_walk.h"
 #include "token_walk.h"
 
@@ -80,11 +81,31 @@ struct Kernels {
     if (i < count) BF16::store_part(to + i, F32::load_part(from + i, (int)(count - i)), (int)(count - i));
   }
 
-  static size_t backward_scratch(const cmm_backward_call* call) { return token_bytes(call->layer); }
+  static size_t backward_scratch(const cmm_backward_call* call) { return BackwardMemory::bytes(call); }
 
   static void backward(const cmm_backward_call* call) {
-    TokenBuffers<W> memory(call->layer, call->scratch);
-    for (int64_t t = 0; t < call->tokens; ++t) backward_token<X, W>(call, t, memory);
+    const BackwardMemory memory = BackwardMemory::of(call);
+    const int64_t hidden = call->layer.hidden, row_bytes = hidden * sizeof(Element);
+    if (BackwardMemory::sums_apart(call)) {
+      backward_trees<F32, false>(call, memory, memory.grad_x);
+      narrow(memory.grad_x, (uint16_t*)call->grad_x, call->tokens * hidden);
+    } else if (call->layer.trees == 1 && call->tokens * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+               (uintptr_t)call->grad_x % 64 == 0) {
+      backward_trees<X, true>(call, memory, (Element*)call->grad_x);
+    } else {
+      backward_trees<X, false>(call, memory, (Element*)call->grad_x);
+    }
+  }
+
+  template <class Y, bool kStreamed>
+  static void backward_trees(const cmm_backward_call* call, const BackwardMemory& memory, typename Y::type* grad_x) {
+    for (int32_t tree = 0; tree < call->layer.trees; ++tree) {
+      TreeBackward<X, Y, W> pass(call, tree, memory, grad_x);
+      if (tree)
+        pass.template run<kAdd>();
+      else
+        pass.template run<kStreamed ? kStream : kStore>();
+    }
   }
 };
 

@@ -112,13 +112,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
                         leaves.sizes() == at::IntArrayRef({tokens, trees}) && leaves.scalar_type() == at::kInt,
                     "cmm_backward: expected logits and leaves of cmm_train");
   auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous(), grad = grad_y.expect_contiguous();
+  OptionalTensor bias = b_in ? OptionalTensor(b_in->contiguous()) : b_in;
   auto kept = logits.expect_contiguous(), last = leaves.expect_contiguous();
   auto wide = w_in.options().dtype(at::kFloat);
   Tensor grad_x = cmm_pool::empty(x.sizes(), x.options());
-  Tensor grad_in = at::zeros(w_in.sizes(), wide), grad_out = at::zeros(w_in.sizes(), wide);
-  Tensor grad_bias = b_in ? at::zeros(b_in->sizes(), wide) : at::empty({0}, wide);
-  if (x.numel()) {
-    cmm_backward_call call{layer_of(*rows, *in, b_in, *out, levels, activation), rows->const_data_ptr(), grad->const_data_ptr(),
+  Tensor grad_in = cmm_pool::empty(w_in.sizes(), wide), grad_out = cmm_pool::empty(w_in.sizes(), wide);
+  Tensor grad_bias = b_in ? at::empty(b_in->sizes(), wide) : at::empty({0}, wide);
+  if (x.numel() == 0) {
+    for (Tensor* each : {&grad_in, &grad_out, &grad_bias}) each->zero_();
+  } else {
+    cmm_backward_call call{layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), grad->const_data_ptr(),
                            kept->const_data_ptr<float>(), last->const_data_ptr<int32_t>(), tokens, grad_x.mutable_data_ptr(),
                            grad_in.mutable_data_ptr<float>(), b_in ? grad_bias.mutable_data_ptr<float>() : nullptr,
                            grad_out.mutable_data_ptr<float>(), nullptr, threads_now(), run_parallel};

@@ -68,10 +68,10 @@ CMM_INLINE void with_count(int count, F f) {
 }
 
 template <int kNodes, int T, class X, class W>
-__attribute__((noinline)) void dots_of(const typename X::type* const* x, const typename W::type* w0, const typename W::type* w1,
-                                       int64_t hidden, const char* const* ahead, float* logits) {
+__attribute__((noinline)) void dots_of(const typename X::type* const* x, const typename W::type* const* nodes, int64_t hidden,
+                                       const char* const* ahead, float* logits) {
   float out[kNodes * T];
-  dots<kNodes, T, X, W>(x, w0, w1, hidden, ahead, out);
+  dots<kNodes, T, X, W>(x, nodes, hidden, ahead, out);
   memcpy(logits, out, sizeof out);
 }
 
@@ -87,7 +87,8 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
   for (int g = 0; g < tile.num_groups; ++g) {
     const Group group = tile.groups[g];
     const int64_t node = group.node, left = 2 * node + 1;
-    const auto *w0 = tree.w_in + node * tree.hidden, *w1 = kPass == 2 ? tree.w_in + left * tree.hidden : w0;
+    const typename W::type* family[3] = {tree.w_in + node * tree.hidden};
+    if (kPass == 2) family[1] = tree.w_in + left * tree.hidden, family[2] = family[1] + tree.hidden;
     const float bias[3] = {tree.bias(node), kPass == 2 ? tree.bias(left) : 0.0f, kPass == 2 ? tree.bias(left + 1) : 0.0f};
     int32_t counts[4] = {};
     for (int at = group.begin; at < group.end; at += kBlock) {
@@ -99,12 +100,12 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
         const int later = g + kRowsAhead < tile.num_groups ? g + kRowsAhead : g;
         rows[0] = (const char*)(tree.w_in + tile.groups[later].node * tree.hidden);
         rows[1] = (const char*)(tree.w_out + node * tree.hidden);
-        for (int r = 2; r < kAheadRows; ++r) rows[r] = (const char*)w0;
+        for (int r = 2; r < kAheadRows; ++r) rows[r] = (const char*)family[0];
       } else {
-        ahead.take(rows, kAheadRows, w0);
+        ahead.take(rows, kAheadRows, family[0]);
       }
       float found[3 * kBlock];
-      with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, w0, w1, tree.hidden, rows, found); });
+      with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, family, tree.hidden, rows, found); });
       for (int t = 0; t < count; ++t) {
         const int token = tile.order[at + t];
         float* logits = tile.logits + token * tree.levels + level;

@@ -1,4 +1,4 @@
-// Forward and backward pass one token at a time: the right form for a few tokens, and the plain one to read.
+// Forward pass of one token: all its dot products down the path, the activations at once, then one combination.
 #pragma once
 #include "activation.h"
 #include "cmm.h"
@@ -94,31 +94,6 @@ CMM_INLINE void add_scaled(float* out, float a, const typename W::type* row, int
     int n = (int)(hidden - i);
     F32::store_part(out + i, F32::load_part(out + i, n) + a * W::load_part(row + i, n), n);
   }
-}
-
-template <class X, class W>
-void backward_token(const cmm_backward_call* call, int64_t token, const TokenBuffers<W>& buffers) {
-  const cmm_layer& layer = call->layer;
-  const int64_t hidden = layer.hidden, active = (int64_t)layer.trees * layer.levels;
-  const auto* x = (const typename X::type*)call->x + token * hidden;
-  const auto* grad_y = (const typename X::type*)call->grad_y + token * hidden;
-  memcpy(buffers.logits, call->logits + token * active, active * sizeof(float));
-  activate(layer.activation, buffers.logits, buffers.hidden, buffers.slope, active);
-  for (int32_t tree = 0; tree < layer.trees; ++tree) {
-    const int64_t first = (int64_t)tree * layer.nodes;
-    int64_t node = call->leaves[token * layer.trees + tree];
-    for (int32_t level = layer.levels - 1; level >= 0; --level, node = (node - 1) / 2) {
-      const int64_t row = first + node, at = (int64_t)tree * layer.levels + level;
-      const auto* w_out = (const typename W::type*)layer.w_out + row * hidden;
-      float grad_logit = dot<X, W>(grad_y, w_out, hidden) * buffers.slope[at];
-      buffers.rows[at] = (const typename W::type*)layer.w_in + row * hidden;
-      buffers.logits[at] = grad_logit;
-      add_scaled<X>(call->grad_w_in + row * hidden, grad_logit, x, hidden);
-      add_scaled<X>(call->grad_w_out + row * hidden, buffers.hidden[at], grad_y, hidden);
-      if (call->grad_b_in) call->grad_b_in[row] += grad_logit;
-    }
-  }
-  combine_rows<X, W>(buffers.logits, buffers.rows, active, (typename X::type*)call->grad_x + token * hidden, hidden);
 }
 
 }  // namespace CMM_ISA
