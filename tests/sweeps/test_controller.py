@@ -1,6 +1,7 @@
 """The driver: shared stages run once, faults are told apart, a killed or stopped sweep goes on. Toy stages, executed inline."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -59,6 +60,19 @@ def toys(monkeypatch):
     monkeypatch.setitem(stage_module._STAGES, "toy", f"{__name__}:Toy")
     monkeypatch.setattr(Toy, "ran", [])
     monkeypatch.setattr(Toy, "faults", {})
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=sqlite_url(path)).search_experiments()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, empty_database):
+    """MLflow takes seconds to lay out a database; every test gets a copy of one."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
 
 
 class Quiet:
