@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fffsweep.dashboards import paper
 from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, TrialView
 from fffsweep.dashboards.summary import number, with_interval
 from fffsweep.sweeps.pareto import hypervolume
@@ -205,6 +206,8 @@ def pareto(
         controls = [trial for trial in overlays if role(trial) == kind]
         if controls:
             data.append(points(view, controls, x, y, kind, len(controls) <= _MANY))
+    if x == REL_TIME and y.startswith("quality/"):
+        data.append(_paper_trace())
     values = [trial.metrics[x] for trial in (*shown, *overlays)]
     layout: Spec = {"xaxis": axis(label(x), is_wide(values)), "yaxis": axis(label(y))}
     if third:
@@ -215,7 +218,10 @@ def pareto(
         }
     if x.startswith("ff/"):
         layout |= level(view.no_feedforward, y, " (no layer to time)")
-    caption = "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete."
+    caption = (
+        "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete. "
+        "The paper's models can be switched on in the legend."
+    )
     return Figure(
         "pareto",
         "Pareto front",
@@ -223,6 +229,22 @@ def pareto(
         {"data": data, "layout": layout},
         trial_rows(view, names, shown, overlays),
     )
+
+
+def _paper_trace() -> Spec:
+    """The paper's models, hidden until their entry in the legend is chosen: their quality is of other tasks."""
+    found = paper.quality_and_time()
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": paper.AS_TRANSCRIBED,
+        "visible": "legendonly",
+        "x": [time for _, _, time in found],
+        "y": [quality for _, quality, _ in found],
+        "marker": {"color": "@paper", "symbol": MARKERS["paper"], "size": 11},
+        "hovertext": [f"{model}: GLUE average {quality:g}, layer time {time:.4f} (as transcribed)" for model, quality, time in found],
+        "hoverinfo": "text",
+    }
 
 
 def spaced_labels(trials: Sequence[TrialView], x: str, y: str) -> list[str]:

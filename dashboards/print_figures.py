@@ -57,7 +57,8 @@ def _draw(figure: Figure, folder: Path) -> list[Path]:
     with plt.rc_context(_STYLE):
         drawn, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         for trace in figure.spec["data"]:
-            _trace(axes, trace)
+            if trace.get("visible") != "legendonly":
+                _trace(axes, trace)
         layout = figure.spec["layout"]
         for name in ("x", "y"):
             settings = layout[f"{name}axis"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -26,6 +27,9 @@ BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseli
 REL_TIME = "ff/cpu/rel_time"
 FINISHED = ("complete", "reused")
 _POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
+
+
+T = TypeVar("T")
 
 
 class StudyNotFound(ValueError):
@@ -56,6 +60,7 @@ class TrialView:
 
     def __init__(self, record: dict[str, Any], store: Store) -> None:
         self._store = store
+        self._estimates: dict[str, Estimate] = {}
         self.id: str = record["id"]
         self.layout: str | None = record["layout"]
         self.controls: tuple[str, ...] = tuple(record["controls"])
@@ -110,22 +115,20 @@ class TrialView:
 
     def replicates(self, metric: str) -> dict[int, float]:
         """Replicate -> value."""
-        prefix = f"{metric}/"
-        found = {name[len(prefix) :]: value for name, value in self._by_prefix(prefix)}
-        return {int(number): value for number, value in found.items() if number.isdigit()}
-
-    def _by_prefix(self, prefix: str) -> Iterator[tuple[str, float]]:
-        number = 0
-        while (name := f"{prefix}{number}") in self.metrics:
-            yield name, self.metrics[name]
+        found, number = {}, 0
+        while (name := f"{metric}/{number}") in self.metrics:
+            found[number] = self.metrics[name]
             number += 1
+        return found
 
     def estimate(self, metric: str) -> Estimate | None:
         """Value of a metric with its bootstrap interval over the replicates; None if the trial has no such metric."""
-        value = self.value(metric)
-        return None if value is None else Estimate(value, stats.mean_interval(list(self.replicates(metric).values())))
+        if metric not in self._estimates and metric in self.metrics:
+            values = list(self.replicates(metric).values())
+            self._estimates[metric] = Estimate(self.metrics[metric], stats.mean_interval(values))
+        return self._estimates.get(metric)
 
-    @property
+    @cached_property
     def averages(self) -> dict[str, float]:
         """Metrics without the values of single replicates."""
         return {name: value for name, value in self.metrics.items() if name.rpartition("/")[0] not in self.metrics}
@@ -238,9 +241,13 @@ class StudyView:
         known = nearest_first(trial_id, [trial.id for trial in self.trials])
         raise ValueError(f"trial {trial_id!r} of study {self.name!r}: expected one of {known}")
 
+    @cached_property
+    def _by_control(self) -> dict[str, TrialView]:
+        return {role: trial for trial in reversed(self.finished) for role in trial.controls}
+
     def control(self, kind: str, layout: str | None) -> TrialView | None:
-        """The finished trial that plays the control `kind` for `layout`."""
-        return next((trial for trial in self.finished if trial.has_role(kind, layout)), None)
+        """The finished trial that plays the control `kind`, for `layout` if the control is of a layout."""
+        return self._by_control.get(f"{kind}({layout})") or self._by_control.get(kind)
 
     def competing(self, objectives: Sequence[str]) -> list[TrialView]:
         """Finished trials of the study itself that have every one of these metrics."""
@@ -255,7 +262,11 @@ class StudyView:
         """Non-dominated trials in the order of the first objective, best first; by default all of the study over its objectives."""
         names = tuple(objectives or self.objectives)
         directions = tuple(self.maximize if maximize is None else maximize)
-        members = self.competing(names) if trials is None else list(trials)
+        if trials is None:
+            return self.memo(("front", names, directions), lambda: self._front(names, directions, self.competing(names)))
+        return self._front(names, directions, trials)
+
+    def _front(self, names: tuple[str, ...], directions: tuple[bool, ...], members: Sequence[TrialView]) -> list[FrontEntry]:
         if not members:
             return []
         chances = self.front_chances(names, directions)
@@ -264,12 +275,17 @@ class StudyView:
         sign = -1 if directions[0] else 1
         return sorted(entries, key=lambda entry: sign * entry.trial.metrics[names[0]])
 
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, kept as long as this view: views never change."""
+        kept: dict[Hashable, Any] = self.__dict__.setdefault("_memo", {})
+        if key not in kept:
+            kept[key] = make()
+        found: T = kept[key]
+        return found
+
     def front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
         """Probability of being on the front, by trial; empty where there are fewer than two common replicates."""
-        cache: dict[Any, dict[str, float]] = self.__dict__.setdefault("_chances", {})
-        if (objectives, maximize) not in cache:
-            cache[objectives, maximize] = self._front_chances(objectives, maximize)
-        return cache[objectives, maximize]
+        return self.memo(("chances", objectives, maximize), lambda: self._front_chances(objectives, maximize))
 
     def _front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
         trials = self.competing(objectives)
@@ -300,6 +316,14 @@ class StudyView:
         if not ours or sum(theirs) <= 0:
             return None
         return Estimate(sum(ours) / sum(theirs), stats.ratio_interval(ours, theirs))
+
+    def chance_kept(self, trial: TrialView, share: float, metric: str = QUALITY) -> float | None:
+        """Share of the resampled replicates in which the trial keeps `share` of the reference's quality; None for one replicate."""
+        ours, theirs = self.paired(trial, self.reference, metric) if self.reference else ([], [])
+        if len(ours) < 2:
+            return None
+        weights, probabilities = stats.resamples(len(ours))
+        return float(probabilities @ (weights @ np.asarray(ours) >= share * (weights @ np.asarray(theirs))))
 
     def flop_limit(self, trial: TrialView) -> float | None:
         """Width of the reference layer over the trial's active width: the speed-up that arithmetic alone allows."""
@@ -368,6 +392,24 @@ def load_study(results: Path, name: str) -> StudyView:
         known = f"expected one of {nearest_first(name, names)}" if names else "there is none yet; `fffsweep run CONFIG` makes one"
         raise StudyNotFound(f"study {name!r} in {results}: {known}") from None
     return _load(results.resolve(), path, stat.st_mtime_ns, stat.st_size)
+
+
+def stamp(results: Path, name: str) -> str:
+    """Changes whenever the study's record does; empty if there is none."""
+    try:
+        stat = (study_folder(Path(results), name) / "study.json").stat()
+    except FileNotFoundError:
+        return ""
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def disk_bytes(view: StudyView) -> int:
+    """Bytes of the artifacts that a study's finished stage runs have, those with equal content counted once. Reads every manifest."""
+    sizes: dict[str, int] = {}
+    for key in {stage["key"] for trial in view.trials for stage in trial.stages if stage["state"] in FINISHED}:
+        with contextlib.suppress(KeyError):
+            sizes.update({artifact.sha256: artifact.num_bytes for artifact in _manifest(view.store.root, key).artifacts.values()})
+    return sum(sizes.values())
 
 
 def list_studies(results: Path) -> list[str]:

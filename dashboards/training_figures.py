@@ -35,7 +35,7 @@ def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validatio
             )
     if not data:
         return None
-    layout: Spec = {"xaxis": axis("tokens read"), "yaxis": axis(_TITLES.get(value, value)), "hovermode": "closest"}
+    layout: Spec = {"xaxis": axis("tokens read"), "yaxis": axis(CURVE_TITLES.get(value, value)), "hovermode": "closest"}
     plateau = next((p for trial in trials if (p := trial.value("mlm/unigram_loss")) is not None), None)
     if plateau is not None and value.endswith("loss"):
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": plateau, "y1": plateau, "layer": "below"}
@@ -55,11 +55,11 @@ def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validatio
         "the moment of leaving it decides at small scale."
     )
     return Figure(
-        f"curve-{value.replace('_', '-')}", f"Training: {_TITLES.get(value, value)}", caption, {"data": data, "layout": layout}, rows
+        f"curve-{value.replace('_', '-')}", f"Training: {CURVE_TITLES.get(value, value)}", caption, {"data": data, "layout": layout}, rows
     )
 
 
-_TITLES = {
+CURVE_TITLES = {
     "validation_loss": "held-out loss, nats",
     "validation_accuracy": "held-out accuracy",
     "loss": "training loss, nats",
@@ -67,7 +67,7 @@ _TITLES = {
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient",
 }
-CURVES = tuple(_TITLES)
+CURVES = tuple(CURVE_TITLES)
 
 
 def _curve(trial: TrialView, index: int, seed: int, x: list[float], y: list[float], first: bool) -> Spec:

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+_PIVOTS, _BLOCK = 16, 256  # strong trials tried first; rows compared at a time, which bounds the memory
+
 
 def costs(values: ArrayLike, maximize: Sequence[bool]) -> Floats:
     """`values` with maximised objectives negated, so that less is better everywhere. Raises ValueError if one is not finite."""
@@ -52,21 +54,28 @@ def _front_of_two(cost: Floats) -> Bools:
 
 
 def _front_of_many(cost: Floats) -> Bools:
-    """By comparing each trial with the front so far, in an order in which no later trial can dominate an earlier one."""
+    """By comparing all pairs, after a few strong trials have thrown out most of what they dominate."""
+    alive = np.arange(len(cost))
+    ranks = np.argsort(np.argsort(cost, axis=0), axis=0).sum(axis=1)
+    for strong in np.argsort(ranks)[:_PIVOTS]:
+        alive = alive[~_dominated(cost[alive], cost[strong])]
+    left = cost[alive]
     mask = np.zeros(len(cost), dtype=bool)
-    kept: list[Floats] = []
-    for index in np.lexsort(cost.T[::-1]):
-        others = np.asarray(kept).reshape(-1, cost.shape[1])
-        dominated = (others <= cost[index]).all(axis=1) & (others < cost[index]).any(axis=1)
-        if not dominated.any():
-            mask[index] = True
-            kept.append(cost[index])
+    for start in range(0, len(left), _BLOCK):
+        block = left[start : start + _BLOCK]
+        mask[alive[start : start + _BLOCK]] = ~_dominated(block[:, None], left[None]).any(axis=1)
     return mask
+
+
+def _dominated(cost: Floats, by: Floats) -> Bools:
+    columns = range(cost.shape[-1])  # a loop over few columns beats a reduction over a short axis
+    never_worse = np.logical_and.reduce([by[..., column] <= cost[..., column] for column in columns])
+    return np.asarray(never_worse & np.logical_or.reduce([by[..., column] < cost[..., column] for column in columns]))
 
 
 def hypervolume(values: ArrayLike, maximize: Sequence[bool], reference: ArrayLike) -> float:
     """Volume between the trials and `reference` [objectives]; a trial not better than `reference` everywhere adds nothing."""
-    cost, corner = costs(values, maximize), costs([reference], maximize)[0]
+    cost, corner = costs(values, maximize), costs(np.asarray(reference)[None], maximize)[0]
     inside = cost[(cost < corner).all(axis=1)]
     return _volume(inside[front(inside, [False] * len(maximize))], corner) if len(inside) else 0.0
 

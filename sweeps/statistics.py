@@ -50,6 +50,8 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if len(values) < 2:
         return None
     weights, probabilities = resamples(len(values))
+    if _tail(len(values), confidence) < probabilities.min():
+        return float(min(values)), float(max(values))
     return _quantiles(weights @ np.asarray(values, dtype=np.float64), probabilities, len(values), confidence)
 
 
@@ -123,18 +125,19 @@ class Difference:
 
 def difference(ours: Sequence[float], theirs: Sequence[float] | float) -> Difference:
     """Difference ours - theirs, paired by replicate; `theirs` may be one constant."""
-    values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    if not isinstance(theirs, int | float) and len(theirs) != len(ours):
-        raise ValueError(f"{len(ours)} values against {len(theirs)}: expected pairs, one of each for every replicate")
-    count = len(values)
+    others = [theirs] * len(ours) if isinstance(theirs, int | float) else theirs
+    if len(others) != len(ours):
+        raise ValueError(f"{len(ours)} values against {len(others)}: expected pairs, one of each for every replicate")
+    values = [float(mine) - float(other) for mine, other in zip(ours, others, strict=True)]
+    count, mean = len(values), math.fsum(values) / len(values)
     if count < 2:
-        return Difference(float(values.mean()), None, None, count)
-    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+        return Difference(mean, None, None, count)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     if deviation == 0:
         p_value = 1.0 if mean == 0 else 0.0
     else:
         p_value = 2 * (1 - t_cdf(abs(mean) / deviation * math.sqrt(count), count - 1))
-    return Difference(mean, mean_interval(list(values)), p_value, count)
+    return Difference(mean, mean_interval(values), p_value, count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 "use strict";
 // Draws every element with data-figure from the JSON beside it, in the colours of the theme, and again when the theme changes.
-const figures = (() => {
+window.figures = (() => {
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const coloured = (value) => {

@@ -1,0 +1,54 @@
+"""Which trial to take: the fastest that keeps enough quality, and the knee of the front, with how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.summary import number
+from fffsweep.sweeps.pareto import knee, pick
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A choice and what is known for it; `trial` is None where nothing satisfies it."""
+
+    name: str
+    trial: TrialView | None
+    why: str
+
+
+def picks(view: StudyView, trials: Sequence[TrialView], share: float) -> list[Pick]:
+    """The fastest of `trials` that keeps `share` of the dense quality, the best quality, and the knee."""
+    timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(REL_TIME, 0) > 0]
+    if not timed or view.reference is None:
+        return []
+    floor = share * view.reference.metrics[QUALITY]
+    values = [[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in timed]
+    fastest = pick(values, [True, False], 1, at_least={0: floor})
+    best = pick(values, [True, False], 0)
+    bend = knee(values, [True, False], log=[False, True])
+    name = f"Fastest that keeps {100 * share:g} % of the dense quality"
+    none = f"no trial reaches {floor:.2f}; lower the share, or widen the filters"
+    return [
+        _pick(view, name, timed, fastest, share, none),
+        _pick(view, "Best quality", timed, best, share, "nothing to choose from"),
+        _pick(view, "Knee of the front", timed, bend, share, "the front has too few trials to have a knee, or none stands out"),
+    ]
+
+
+def _pick(view: StudyView, name: str, trials: Sequence[TrialView], index: int | None, share: float, otherwise: str) -> Pick:
+    if index is None:
+        return Pick(name, None, otherwise)
+    trial = trials[index]
+    kept = view.retention(trial)
+    said = [f"quality {number(trial.metrics[QUALITY])}" + (f" ({100 * kept.value:.1f} % of dense)" if kept else "")]
+    said.append(f"layer {1 / trial.metrics[REL_TIME]:.2f}x as fast as the dense reference")
+    chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
+    holds = view.chance_kept(trial, share)
+    if chance is None or holds is None:
+        said.append("one replicate: how sure this is cannot be told")
+    else:
+        said += [f"probability of being on the front {chance:.2f}", f"of keeping {100 * share:g} % {holds:.2f}"]
+    return Pick(name, trial, "; ".join(said))
