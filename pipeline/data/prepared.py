@@ -111,4 +111,5 @@ def _split(path: Path) -> Split:
 
 
 def _task(fields: dict[str, Any]) -> Task:
-    return Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Task(**values)

@@ -173,7 +173,21 @@ class Prepare:
 
     name: ClassVar[str] = "prepare"
     version: ClassVar[int] = 1
-    sources: ClassVar[tuple[str, ...]] = ()
+    sources: ClassVar[tuple[str, ...]] = (
+        "pipeline/data/cleaning.py",
+        "pipeline/data/directory.py",
+        "pipeline/data/fetch.py",
+        "pipeline/data/loading.py",
+        "pipeline/data/packing.py",
+        "pipeline/data/preparation.py",
+        "pipeline/data/rows.py",
+        "pipeline/data/sources.py",
+        "pipeline/data/tables.py",
+        "pipeline/data/text.py",
+        "pipeline/data/vocabulary.py",
+        "pipeline/data/wheels.py",
+        "pipeline/tasks.py",
+    )
     Config: ClassVar[type[Settings]] = PrepareConfig
 
     def resources(self, config: PrepareConfig) -> Resources:

@@ -1,0 +1,81 @@
+"""What planning asks of the data: is it fit, and which data is it. Imports neither torch nor `datasets`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from fffsweep.pipeline.data.directory import corpus_files, task_files
+from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, check_obtainable
+from fffsweep.pipeline.data.rows import BadRows, check_columns, parse_rows
+from fffsweep.pipeline.data.tables import DataFile, PlainReader, check_file, columns_of, rows_of
+from fffsweep.pipeline.data.wheels import packages_for
+from fffsweep.pipeline.settings import canonical_json
+from fffsweep.pipeline.stages.prepare import PrepareConfig
+from fffsweep.pipeline.tasks import Task
+
+
+def check(config: PrepareConfig) -> None:
+    """Raise ValueError, one line, for data that prepare could not use: missing or damaged files, columns, encoding, labels."""
+    if config.source == "wheels":
+        check_obtainable(cache_folder(), packages_for(config))
+    elif config.source == "directory":
+        corpus = corpus_files(config)
+        for file in (*corpus.train, *corpus.validation):
+            check_file(file)
+            columns = columns_of(file)
+            if columns is not None and config.text_column not in columns:
+                shown = ", ".join(columns[:12]) or "none"
+                raise ValueError(
+                    f"{file.name}: column {config.text_column!r} is missing, got columns {shown}; set text_column to one of them"
+                )
+    tasks = {task.name: task for task in config.task_list}
+    for name, splits in task_files(config).items():
+        for files in splits.values():
+            for file in files:
+                _check_task_file(tasks[name], file)
+    if config.vocabulary_file is not None:
+        from fffsweep.pipeline.data.vocabulary import read_vocabulary
+
+        read_vocabulary(Path(config.vocabulary_file))
+
+
+def fingerprint(config: PrepareConfig) -> str:
+    """Hash of the content of everything that prepare will read; of no path and no time."""
+    content: dict[str, object] = {}
+    if config.source == "wheels":
+        content["wheels"] = sorted(WHEELS[package].sha256 for package in packages_for(config))
+    elif config.source == "directory":
+        corpus = corpus_files(config)
+        content["corpus"] = [[content_hash(file.path) for file in split] for split in (corpus.train, corpus.validation)]
+    else:
+        content["hub"] = [*config.corpus, config.task_dataset]
+    content["tasks"] = {
+        name: {split: [content_hash(file.path) for file in files] for split, files in splits.items()}
+        for name, splits in task_files(config).items()
+    }
+    if config.vocabulary_file is not None:
+        content["vocabulary"] = content_hash(Path(config.vocabulary_file))
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _check_task_file(task: Task, file: DataFile) -> None:
+    """Every row of a task file is read: labels out of range must not surface hours later."""
+    check_file(file)
+    if file.columns is None and (columns := columns_of(file)) is not None:
+        check_columns(task, columns, file.name)
+    if not len(parse_rows(task, rows_of(file, PlainReader()), file.name, BadRows())):
+        raise ValueError(f"{file.name}: no row of task {task.name} can be used; expected at least one with text and label")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, remembered in this process while size and time of change stay."""
+    state = path.stat()
+    return _sha256_of(str(path), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of(path: str, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
