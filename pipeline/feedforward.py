@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -125,11 +123,11 @@ def imbalance(decisions: Tensor, right: Tensor, nodes: Tensor, shape: TreeShape)
     of its tokens that went right and P their mean soft probability of it; weighted by its tokens, mean over trees and levels.
     Source: the auxiliary loss of Fedus et al. 2021, arXiv 2101.03961, eq. 4, at each branch.
     """
-    soft = torch.sigmoid(decisions.float())
+    soft = torch.sigmoid(decisions.to(torch.promote_types(decisions.dtype, torch.float32)))
     visits, hard_right, soft_right = (
-        torch.zeros(shape.trees, shape.nodes, device=soft.device).scatter_add(1, index, value)
+        torch.zeros(shape.trees, shape.nodes, dtype=soft.dtype, device=soft.device).scatter_add(1, index, value)
         for index in [nodes.transpose(0, 1).flatten(1)]
-        for value in (each.transpose(0, 1).flatten(1) for each in (torch.ones_like(soft), right.float(), soft))
+        for value in (each.transpose(0, 1).flatten(1) for each in (torch.ones_like(soft), right.to(soft.dtype), soft))
     )
     count = visits.clamp(min=1)
     share, probability = hard_right / count, soft_right / count
@@ -176,8 +174,3 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
             total = module.auxiliary if total is None else total + module.auxiliary
             module.auxiliary = None
     return total
-
-
-def uniform_entropy(shape: TreeShape) -> float:
-    """Entropy, in nats, of leaves used evenly."""
-    return shape.depth * math.log(2)

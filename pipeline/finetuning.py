@@ -176,11 +176,9 @@ class Finetuning:
                 continue
             predictions = decide(self.task, self.predict(split))
             self._write_predictions(name, predictions)
-            if name == "test":
-                continue
             found = scores(self.task, predictions, split.labels)
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
-            kind = name.split("_")[0]
+            kind = "selection" if name == "selection" else "validation"
             primary.setdefault(f"{kind}/primary", []).append(found[self.task.metrics[0]])
             floor = scores(self.task, np.full(len(split), constant), split.labels)[self.task.metrics[0]]
             primary.setdefault(f"baseline/{kind}_primary", []).append(floor)

@@ -50,7 +50,16 @@ class BenchmarkCpu:
 
     name: ClassVar[str] = "benchmark_cpu"
     version: ClassVar[int] = 1
-    sources: ClassVar[tuple[str, ...]] = ("pipeline/layer_timing.py", "kernels/measure.py")
+    sources: ClassVar[tuple[str, ...]] = (
+        "pipeline/layer_timing.py",
+        "pipeline/model.py",
+        "pipeline/feedforward.py",
+        "pipeline/optimisation.py",
+        "pipeline/data/prepared.py",
+        "pipeline/tasks.py",
+        "kernels/*.py",
+        "kernels/native/*",
+    )
     Config: ClassVar[type[Settings]] = BenchmarkConfig
 
     def resources(self, config: BenchmarkConfig) -> Resources:

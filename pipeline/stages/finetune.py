@@ -65,6 +65,13 @@ class Finetune:
         "pipeline/optimisation.py",
         "pipeline/schedules.py",
         "pipeline/metrics.py",
+        "pipeline/data/prepared.py",
+        "pipeline/tasks.py",
+        "kernels/activations.py",
+        "kernels/cmm.py",
+        "kernels/shape.py",
+        "kernels/torch_forms.py",
+        "kernels/native/*",
     )
     Config: ClassVar[type[Settings]] = FinetuneConfig
 

@@ -87,6 +87,13 @@ class Pretrain:
         "pipeline/optimisation.py",
         "pipeline/schedules.py",
         "pipeline/tree_health.py",
+        "pipeline/data/prepared.py",
+        "pipeline/tasks.py",
+        "kernels/activations.py",
+        "kernels/cmm.py",
+        "kernels/shape.py",
+        "kernels/torch_forms.py",
+        "kernels/native/*",
     )
     Config: ClassVar[type[Settings]] = PretrainConfig
 

@@ -1,0 +1,129 @@
+"""Finetuning: learning, determinism, exact resume, splits, baselines, predictions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fffsweep.pipeline import finetuning
+from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.finetuning import Finetuning
+from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
+from fffsweep.pipeline.stage import StopRequested
+from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A model that saw no text: what is asked of it here lies in the words alone."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    feedforward = {"variant": "fff", "trees": 2, "depth": 2}
+    config = FffConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=16, feedforward=feedforward
+    )
+    FffForMaskedLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def context(new_context, pretrained):
+    return lambda name="run", **rest: new_context(name, inputs={"pretrain": pretrained}, **rest)
+
+
+def config_of(task="pair", **fields):
+    return FinetuneConfig(**{"task": task, "epochs": 2, "learning_rate": 3e-3, "batch_size": 8, **fields})
+
+
+def run(config, context):
+    return {name: value for name, value in Finetune().run(config, context).items() if not name.startswith("time/")}
+
+
+def test_a_classification_is_learned_and_reported(context, tiny_data):
+    splits = PreparedData(tiny_data).task("pair").splits
+    commoner = int(splits["train"].labels.mean() > 0.5)
+    here = context()
+    metrics = run(config_of(epochs=8), here)
+    for split in ("selection", "validation"):
+        assert metrics[f"{split}/primary"] == metrics[f"{split}/f1"]
+        assert metrics[f"{split}/accuracy"] > 0.6
+        positive = splits[split].labels.mean()
+        assert metrics[f"baseline/{split}_primary"] == pytest.approx(commoner * 2 * positive / (1 + positive))
+    curve = [json.loads(line) for line in (here.output / "curve.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in curve] == list(range(1, 9))
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.2
+    assert curve[-1]["selection/f1"] == metrics["selection/f1"]
+    assert not (here.output / "model").exists()
+
+
+def test_predictions_are_what_was_scored(context, tiny_data):
+    here = context()
+    metrics = run(config_of("three"), here)
+    for split in ("validation_matched", "validation_mismatched"):
+        lines = (here.output / "predictions" / f"{split}.tsv").read_text().splitlines()
+        assert lines[0] == "index\tprediction"
+        names = [line.split("\t")[1] for line in lines[1:]]
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(row) for row in range(len(names))]
+        labels = PreparedData(tiny_data).task("three").splits[split].labels
+        hits = np.mean([("yes", "no", "maybe").index(name) == label for name, label in zip(names, labels, strict=True)])
+        assert metrics[f"{split}/accuracy"] == hits
+    mean = (metrics["validation_matched/accuracy"] + metrics["validation_mismatched/accuracy"]) / 2
+    assert metrics["validation/primary"] == mean
+
+
+def test_a_regression_is_learned_and_its_baseline_is_zero(context):
+    here = context()
+    metrics = run(config_of("value", epochs=10), here)
+    assert metrics["validation/primary"] == metrics["validation/pearson"] > 0.3
+    assert metrics["baseline/validation_primary"] == metrics["baseline/selection_primary"] == 0.0
+    values = [float(line.split("\t")[1]) for line in (here.output / "predictions" / "validation.tsv").read_text().splitlines()[1:]]
+    assert len(set(values)) > 20
+
+
+def test_equal_runs_are_equal_to_the_bit_and_seeds_differ(context):
+    first = run(config_of(), context("a"))
+    assert run(config_of(), context("b")) == first
+    assert run(config_of(), context("c", seed=1))["train/loss"] != first["train/loss"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(context, monkeypatch):
+    expected = run(config_of(), context("whole"))
+    monkeypatch.setattr(finetuning, "STOP_POLL_S", -1)
+    stops = iter([False] * 13 + [True])
+    with pytest.raises(StopRequested):
+        Finetune().run(config_of(), context("halves", stop_requested=lambda: next(stops)))
+    again = context("halves", stop_requested=lambda: False)
+    resumed = Finetuning(config_of(), again)
+    resumed.resume()
+    assert resumed.at.step == 14
+    assert run(config_of(), again) == expected
+
+
+def test_max_rows_keeps_the_same_rows_for_every_seed(context):
+    chosen = [Finetuning(config_of(max_rows=20), context(f"seed-{seed}", seed=seed)).rows for seed in (0, 1)]
+    assert len(chosen[0]) == 20
+    assert (chosen[0] == chosen[1]).all()
+    everything = Finetuning(config_of(), context("all")).rows
+    assert sorted(everything) == list(range(90))
+    assert run(config_of(max_rows=20), context("few"))["data/train_rows"] == 20
+
+
+def test_padding_and_order_do_not_change_predictions(context, tiny_data):
+    tuned = Finetuning(config_of(), context())
+    split = PreparedData(tiny_data).task("pair").splits["validation"]
+    tuned.model.eval()
+    alone = np.concatenate([tuned.model(torch.from_numpy(row.astype(np.int64))[None]).logits.detach().numpy() for row in split.input_ids])
+    np.testing.assert_allclose(tuned.predict(split), alone, rtol=0, atol=1e-5)
+
+
+def test_kept_weights_load_again(context):
+    here = context()
+    run(config_of(keep_weights=True), here)
+    model = FffForSequenceClassification.from_pretrained(here.output / "model")
+    assert model.config.num_labels == 2
+
+
+def test_a_task_that_was_not_prepared_is_refused(context):
+    with pytest.raises(ValueError, match=r"'cola' was not prepared: expected one of pair, three, value"):
+        Finetune().run(config_of("cola"), context())
