@@ -224,6 +224,7 @@ def _compared(view: StudyView, chosen: Sequence[TrialView]) -> list[list[str]]:
     shared = set.intersection(*(set(trial.averages) for trial in chosen))
     main = ("quality/", "task/", "glue/", "mlm/validation", "tree/")
     names = sorted(name for name in shared if name.startswith(main) or name in (REL_TIME, "ff/cpu/ns_per_token"))
+    names = [name for name in names if "baseline" not in name]
     names.sort(key=lambda name: name != QUALITY)
     gaps = {(name, trial.id): view.difference(trial, chosen[0], name) for name in names for trial in chosen[1:]}
     tested = [(key, gap.p_value) for key, gap in gaps.items() if gap is not None and gap.p_value is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -406,7 +407,10 @@ def stamp(results: Path, name: str) -> str:
 def disk_bytes(view: StudyView) -> int:
     """Bytes of the artifacts that a study's finished stage runs have, those with equal content counted once. Reads every manifest."""
     sizes: dict[str, int] = {}
-    for key in {stage["key"] for trial in view.trials for stage in trial.stages if stage["state"] in FINISHED}:
+    keys = {stage["key"] for trial in view.trials for stage in trial.stages if stage["state"] in FINISHED}
+    for number, key in enumerate(keys):
+        if number % 10 == 9:
+            time.sleep(0.005)  # a thread that only counts leaves the interpreter to those that answer
         with contextlib.suppress(KeyError):
             sizes.update({artifact.sha256: artifact.num_bytes for artifact in _manifest(view.store.root, key).artifacts.values()})
     return sum(sizes.values())

@@ -48,9 +48,11 @@ COLUMNS = (
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure for people; small ones keep their significant digits."""
+    """A figure for people; small ones keep their significant digits, large ones lose those after the point."""
     if value is None:
         return ABSENT
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
     return f"{value:.3g}" if 0 < abs(value) < 0.1 ** (digits - 1) else f"{value:.{digits}f}"
 
 

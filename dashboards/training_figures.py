@@ -113,7 +113,7 @@ def leaf_usage(trial: TrialView, replicate: int = 0) -> Figure | None:
         "hovertemplate": "%{y}, leaves %{x}: %{z:.2f} times even use<extra></extra>",
     }
     layout: Spec = {
-        "xaxis": axis("leaves, left to right" + (f", in {MOST_LEAVES} groups" if size > 1 else "")),
+        "xaxis": axis("leaves, left to right" + (f", in {MOST_LEAVES} groups" if size > 1 else ""), dtick=max(1, bins // 8)),
         "yaxis": axis("", autorange="reversed"),
     }
     figures = [

@@ -34,7 +34,7 @@ def without_fsync():
 
 
 def _run(stage, config, seed, inputs, fingerprints=None):
-    return StageRun(stage, 1, config, config, seed, inputs, fingerprints or {})
+    return StageRun(stage=stage, version=1, config=config, seed=seed, inputs=inputs, fingerprints=fingerprints or {})
 
 
 class Generator:

@@ -1,0 +1,126 @@
+"""Figures: plotly accepts every specification, and what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import plotly.graph_objects as go
+import pytest
+
+from fffsweep.dashboards import depth_figures, figures, paper, report, training_figures
+from fffsweep.dashboards.figures import COLOURS
+from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, load_study
+from fffsweep.dashboards.verdicts import layouts
+
+
+def accepted(figure):
+    """The figure as plotly reads it, colours filled in; raises ValueError if plotly refuses a property."""
+    text = re.sub(r'"@(\w+)"', lambda match: json.dumps(COLOURS[match[1]][0]), json.dumps(figure.spec))
+    return go.Figure(json.loads(text))
+
+
+@pytest.mark.parametrize("name", ["whole", "single", "half"])
+def test_plotly_accepts_every_figure(results, name):
+    view = load_study(results, name)
+    drawn = report.report_figures(view)
+    assert {"pareto", "quality-depth", "quality-active-width", "speedup-depth", "retention-depth"} <= {figure.slug for figure in drawn}
+    assert len({figure.slug for figure in drawn}) == len(drawn)
+    for figure in drawn:
+        assert accepted(figure).data
+        assert figure.rows
+        assert len({tuple(row) for row in figure.rows}) == 1, f"rows of {figure.slug} must share their columns"
+
+
+def test_no_results_no_figures(fresh):
+    assert report.report_figures(fresh) == []
+
+
+def test_pareto_draws_front_controls_and_the_level_of_none(whole):
+    drawn = figures.pareto(whole)
+    traces = {trace["name"]: trace for trace in drawn.spec["data"]}
+    assert set(traces["Pareto front"]["customdata"]) == {entry.trial.id for entry in whole.front()}
+    assert set(traces["dense_active"]["customdata"]) == {"dense_active(1x8)", "dense_active(8x5)"}
+    assert drawn.spec["layout"]["xaxis"]["type"] == "log"
+    everywhere = [value for trace in traces.values() for value in trace["x"]]
+    assert min(everywhere) > 0, "a layer that is absent takes no time and has no place on a logarithmic axis"
+    assert drawn.spec["layout"]["shapes"][0]["y0"] == whole.trial("none").metrics[QUALITY]
+    assert traces[paper.AS_TRANSCRIBED]["visible"] == "legendonly"
+
+
+def test_three_objectives(whole):
+    drawn = figures.pareto(whole, REL_TIME, QUALITY, "mlm/validation_loss")
+    front = next(trace for trace in drawn.spec["data"] if trace["name"] == "Pareto front")
+    assert front["marker"]["color"] == [whole.trial(name).metrics["mlm/validation_loss"] for name in front["customdata"]]
+    assert accepted(drawn).layout.coloraxis.colorbar.title.text
+
+
+def test_quality_figures_hold_the_measured_values(whole):
+    for drawn in (depth_figures.quality_by_depth(whole), depth_figures.quality_by_active_width(whole)):
+        shown = {name: y for trace in drawn.spec["data"] for name, y in zip(trace["customdata"], trace["y"], strict=True)}
+        assert shown == {trial.id: trial.metrics[QUALITY_VALIDATION] for trial in whole.finished if trial.shape}
+    at = {
+        name: x
+        for trace in depth_figures.quality_by_depth(whole).spec["data"]
+        for name, x in zip(trace["customdata"], trace["x"], strict=True)
+    }
+    assert at["dense_active(8x5)"] == at["8x5"] == 5
+
+
+def test_speedup_stands_beside_the_limit(whole):
+    drawn = depth_figures.speedup_by_depth(whole)
+    limit = drawn.spec["data"][-1]
+    assert limit["name"] == "limit by arithmetic"
+    assert dict(zip(limit["x"], limit["y"], strict=True))[8] == 512 / 9
+    assert len(drawn.spec["data"]) == len(whole.points) + 1
+
+
+def test_curves_have_a_line_for_each_replicate(whole):
+    drawn = training_figures.curves(whole, [whole.trial("1x8"), whole.trial("none")])
+    assert [trace["name"] for trace in drawn.spec["data"]] == ["1x8"] * 3 + ["none"] * 3
+    assert training_figures.curves(whole, [whole.trial("1x8")], "no such column") is None
+
+
+def test_leaf_usage_is_relative_to_even_use(whole):
+    drawn = training_figures.leaf_usage(whole.trial("34x3"))
+    for line in drawn.spec["data"][0]["z"]:
+        assert sum(line) / len(line) == pytest.approx(1)
+    assert training_figures.leaf_usage(whole.trial("512x0")) is None
+    assert layouts(whole)
+
+
+def test_hypervolume_grows_to_one(whole):
+    shares = [row["hypervolume"] for row in figures.hypervolume_over_time(whole).rows]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_names_on_hover_are_escaped(results, evil):
+    trial = load_study(results, evil).trial("1x8")
+    trial.id = "<b onclick=x>"
+    try:
+        assert "&lt;b onclick" in figures.hover(load_study(results, evil), trial, ())
+    finally:
+        trial.id = "1x8"
+
+
+def test_paper_averages_recompute():
+    """Its averages count MNLI's single column twice, once for each of its splits; transcription rounds to a tenth."""
+    checked = 0
+    for row in paper.table():
+        if "external" in row.note:
+            continue
+        tasks = [row.scores[name] for name in ("rte", "mrpc", "stsb", "sst2", "mnli", "mnli", "qnli", "qqp")]
+        assert sum(tasks) / 8 == pytest.approx(row.scores["avg_without_cola"], abs=0.1001)
+        assert (sum(tasks) + row.scores["cola"]) / 9 == pytest.approx(row.scores["avg"], abs=0.1001)
+        checked += 1
+    assert checked == 15
+
+
+def test_figures_for_print(whole, fresh, tmp_path):
+    written = report.write(whole, tmp_path / "figures", "figures")
+    assert {path.suffix for path in written} == {".svg", ".pdf"}
+    assert len(written) == 12
+    assert all(path.stat().st_size > 5000 for path in written)
+    with pytest.raises(ValueError, match="no trial has finished yet"):
+        report.write(fresh, tmp_path / "none", "figures")

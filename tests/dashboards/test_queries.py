@@ -1,0 +1,138 @@
+"""Reading studies: what the store says is what is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyNotFound, disk_bytes, list_studies, load_study, stamp
+from fffsweep.sweeps.record import study_folder
+
+
+def test_metrics_are_those_of_the_collect_manifest(whole):
+    assert len(whole.finished) == len(whole.trials) == 13
+    for trial in whole.finished:
+        assert trial.metrics == whole.store.get(trial.collect_key).metrics
+
+
+def test_replicates_and_their_mean(whole):
+    trial = whole.trial("1x8")
+    values = trial.replicates(QUALITY)
+    assert list(values) == [0, 1, 2]
+    estimate = trial.estimate(QUALITY)
+    assert estimate.value == pytest.approx(sum(values.values()) / 3, rel=1e-12)
+    assert estimate.interval == (min(values.values()), max(values.values()))
+    assert trial.estimate("no/such") is None
+
+
+def test_averages_leave_single_replicates_out(whole):
+    averages = whole.trial("8x5").averages
+    assert QUALITY in averages
+    assert REL_TIME in averages
+    assert not any(name.endswith(("/0", "/1", "/2")) for name in averages)
+
+
+def test_front_is_of_study_trials_alone(whole):
+    front = whole.front()
+    ids = {entry.trial.id for entry in front}
+    assert ids
+    assert ids <= {trial.id for trial in whole.trials if trial.in_study}
+    for entry in front:
+        assert 0 <= entry.p_front <= 1
+        assert not any(
+            other.metrics[QUALITY] > entry.trial.metrics[QUALITY] and other.metrics[REL_TIME] < entry.trial.metrics[REL_TIME]
+            for other in whole.competing(list(whole.objectives))
+        )
+    qualities = [entry.trial.metrics[QUALITY] for entry in front]
+    assert qualities == sorted(qualities, reverse=True)
+
+
+def test_one_replicate_has_no_probabilities(single):
+    assert all(entry.p_front is None for entry in single.front())
+    assert single.trial("1x8").estimate(QUALITY).interval is None
+    assert single.chance_kept(single.trial("1x8"), 0.9) is None
+
+
+def test_retention_is_relative_to_the_reference(whole):
+    assert whole.reference.id == "512x0"
+    assert whole.retention(whole.reference).value == 1.0
+    trial = whole.trial("1x8")
+    assert whole.retention(trial).value == pytest.approx(trial.metrics[QUALITY] / whole.reference.metrics[QUALITY], rel=1e-12)
+    assert whole.chance_kept(trial, 0.0) == pytest.approx(1)
+    assert whole.chance_kept(trial, 2.0) == 0
+
+
+def test_flop_limit(whole):
+    assert whole.flop_limit(whole.trial("1x8")) == 512 / 9
+    assert whole.flop_limit(whole.trial("none")) is None
+
+
+def test_controls_are_found_by_layout(whole):
+    assert whole.control("dense_active", "1x8").id == "dense_active(1x8)"
+    assert whole.control("none", "1x8").id == "none"
+    assert whole.control("dense_active", "34x3") is None
+
+
+def test_progress_counts_shared_stage_runs_once(half):
+    keys = {stage["key"] for trial in half.trials for stage in trial.stages}
+    assert half.progress["total"] == len(keys) < sum(len(trial.stages) for trial in half.trials)
+    assert half.progress["running"] == 1
+    assert 0 < half.progress["finished"] < half.progress["total"]
+
+
+def test_unfinished_trials_have_no_metrics(half):
+    waiting = next(trial for trial in half.trials if trial.state == "waiting")
+    assert waiting.metrics == {}
+    assert waiting.curve(0) == []
+    assert waiting.finished_at == float("inf")
+
+
+def test_points_are_read_from_the_metrics(whole):
+    assert {(point.tokens, point.mode) for point in whole.points} == {(t, m) for t in (1, 16, 128, 1024) for m in ("hot", "cold")}
+
+
+def test_a_study_is_read_again_only_when_its_record_changes(results, half):
+    again = load_study(results, "half")
+    assert again is half
+    path = study_folder(results, "half") / "study.json"
+    before = stamp(results, "half")
+    record = json.loads(path.read_text())
+    try:
+        path.write_text(json.dumps({**record, "state": "stopped"}))
+        os.utime(path, ns=(1, 1))
+        assert stamp(results, "half") != before
+        assert load_study(results, "half").state == "stopped"
+    finally:
+        path.write_text(json.dumps(record))
+
+
+def test_unknown_names_list_the_known(results, whole, tmp_path):
+    with pytest.raises(StudyNotFound, match=r"study 'hole' in .*: expected one of whole"):
+        load_study(results, "hole")
+    with pytest.raises(StudyNotFound, match="there is none yet"):
+        load_study(tmp_path, "hole")
+    with pytest.raises(ValueError, match="trial '1x9' of study 'whole': expected one of"):
+        whole.trial("1x9")
+
+
+def test_any_name_is_listed_as_it_is(results, evil):
+    assert set(list_studies(results)) == {"whole", "single", "half", "fresh", evil}
+    assert load_study(results, evil).name == evil
+
+
+def test_disk_counts_equal_content_once(whole):
+    manifests = [whole.store.get(stage["key"]) for trial in whole.trials for stage in trial.stages]
+    sizes = {artifact.sha256: artifact.num_bytes for manifest in manifests for artifact in manifest.artifacts.values()}
+    assert disk_bytes(whole) == sum(sizes.values()) > 0
+
+
+def test_a_damaged_artifact_is_not_shown(generated, tmp_path):
+    generated.generate(tmp_path, "damaged", layouts=("512x0", "1x8"), controls=("reference_dense(512)",), replicates=1)
+    trial = load_study(tmp_path, "damaged").trial("1x8")
+    path = trial.artifact("pretrain/0", "curve.jsonl")
+    assert trial.curve(0)
+    path.write_text("{}")
+    assert trial.artifact("pretrain/0", "curve.jsonl") is None
+    assert trial.curve(0) == []

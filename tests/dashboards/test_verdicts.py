@@ -1,0 +1,77 @@
+"""Verdicts: decided only where the scale allows it, both test and interval agree, and the direction is right."""
+
+from __future__ import annotations
+
+import pytest
+
+from fffsweep.dashboards.picks import picks
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, load_study
+from fffsweep.dashboards.verdicts import NOT_DECIDABLE, UNDECIDED, claims, decidability
+
+
+def by_slug(view):
+    return {claim.slug: claim for claim in claims(view)}
+
+
+def test_nothing_is_decided_with_one_replicate(single):
+    assert not decidability(single).decidable
+    assert "one replicate" in decidability(single).reason
+    found = [finding for claim in claims(single) for finding in claim.findings]
+    assert found
+    assert {finding.answer for finding in found} == {NOT_DECIDABLE}
+
+
+def test_nothing_is_decided_below_the_baseline(generated, tmp_path):
+    generated.generate(tmp_path, "dull", learned=False)
+    view = load_study(tmp_path, "dull")
+    judged = decidability(view)
+    assert not judged.decidable
+    assert "not surely above it" in judged.reason
+    assert {claim.answer for claim in claims(view) if claim.findings} == {NOT_DECIDABLE}
+
+
+def test_nothing_is_decided_without_a_reference(fresh):
+    assert not decidability(fresh).decidable
+    assert all(not claim.findings for claim in claims(fresh))
+
+
+def test_clear_differences_are_decided(whole):
+    """The generator makes every layer faster than dense, better than none, and worse than the dense layer of its active width."""
+    assert decidability(whole).decidable
+    found = by_slug(whole)
+    assert {f.answer for f in found["speed"].findings} == {"yes"}
+    assert {f.answer for f in found["feedforward"].findings} == {"yes"}
+    assert {f.trial for f in found["depth"].findings} == {"8x5", "1x8"}
+    assert {f.answer for f in found["depth"].findings} == {"no"}
+    assert found["depth"].answer == "no for 2 of 2 layouts"
+
+
+def test_answers_agree_with_their_intervals(whole):
+    for claim in claims(whole):
+        for finding in claim.findings:
+            low, high = finding.difference.interval
+            assert finding.answer in {"yes" if low > 0 else "", "no" if high < 0 else "", UNDECIDED}
+
+
+def test_picks_satisfy_their_constraint(whole):
+    floor = 0.96 * whole.reference.metrics[QUALITY]
+    fastest, best, _ = picks(whole, whole.finished, 0.96)
+    allowed = [t for t in whole.finished if t.metrics[QUALITY] >= floor and t.metrics[REL_TIME] > 0]
+    assert fastest.trial.metrics[REL_TIME] == min(trial.metrics[REL_TIME] for trial in allowed)
+    assert best.trial.metrics[QUALITY] == max(trial.metrics[QUALITY] for trial in whole.finished)
+    assert "probability of being on the front" in best.why
+
+
+def test_an_impossible_constraint_picks_nothing(whole, single, fresh):
+    impossible = picks(whole, whole.finished, 2.0)[0]
+    assert impossible.trial is None
+    assert "lower the share" in impossible.why
+    assert "cannot be told" in picks(single, single.finished, 0.5)[0].why
+    assert picks(fresh, fresh.finished, 0.96) == []
+
+
+@pytest.mark.parametrize("name", ["whole", "single"])
+def test_every_claim_says_something(results, name):
+    for claim in claims(load_study(results, name)):
+        assert claim.answer
+        assert claim.question.endswith("?")
