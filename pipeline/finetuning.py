@@ -16,6 +16,7 @@ from torch import Tensor
 from fffsweep.pipeline import optimisation, schedules
 from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData, Split
+from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.metrics import baseline, decide, scores
 from fffsweep.pipeline.model import FffForSequenceClassification
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
@@ -168,7 +169,13 @@ class Finetuning:
         """Write the artifacts; the metrics of the run, all of the last epoch."""
         at, output = self.at, self.context.output
         (output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.curve))
-        metrics: Metrics = {"train/loss": at.curve[-1]["loss"], "time/train_s": at.elapsed_s, "data/train_rows": len(self.rows)}
+        metrics: Metrics = {
+            "train/loss": at.curve[-1]["loss"],
+            "time/train_s": at.elapsed_s,
+            "data/train_rows": len(self.rows),
+            "data/bad_rows": self.context.input_metrics.get("prepare", {}).get("data/bad_rows", 0.0),
+            "data/complete": float(self.config.max_rows is None and is_complete(self.task, self.splits)),
+        }
         primary: dict[str, list[float]] = {}
         constant = baseline(self.task, np.asarray(self.splits["train"].labels)[self.rows])
         for name, split in self.splits.items():

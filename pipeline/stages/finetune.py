@@ -54,7 +54,11 @@ class FinetuneConfig(FinetuneRecipe):
 
 
 class Finetune:
-    """Artifacts: `curve.jsonl`, `predictions/<split>.tsv` as the GLUE server takes them, and `model/` with `keep_weights`."""
+    """Artifacts: `curve.jsonl`, `predictions/<split>.tsv` as the GLUE server takes them, and `model/` with `keep_weights`.
+
+    Metrics of a split bear its name; `validation/primary` is the mean over a task's validation splits (MNLI has two).
+    `data/complete` is 1 if all labelled rows of a GLUE task were there and used.
+    """
 
     name: ClassVar[str] = "finetune"
     version: ClassVar[int] = 1
@@ -65,6 +69,7 @@ class Finetune:
         "pipeline/optimisation.py",
         "pipeline/schedules.py",
         "pipeline/metrics.py",
+        "pipeline/glue.py",
         "pipeline/data/prepared.py",
         "pipeline/tasks.py",
         "kernels/activations.py",

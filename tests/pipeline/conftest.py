@@ -82,11 +82,12 @@ def new_context(tiny_data, tmp_path):
     """Makes contexts of one thread; equal names share the work folder, as attempts of one key do."""
     attempts = iter(range(1000))
 
-    def make(name="run", seed=0, inputs=None, **rest):
+    def make(name="run", seed=0, inputs=None, metrics=None, **rest):
         work, output = tmp_path / name / "work", tmp_path / name / f"output-{next(attempts)}"
         work.mkdir(parents=True, exist_ok=True)
         output.mkdir()
-        return StageContext(seed=seed, inputs={"prepare": tiny_data, **(inputs or {})}, input_metrics={}, output=output, work=work, **rest)
+        folders = {"prepare": tiny_data, **(inputs or {})}
+        return StageContext(seed=seed, inputs=folders, input_metrics=metrics or {}, output=output, work=work, **rest)
 
     return make
 

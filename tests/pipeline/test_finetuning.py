@@ -9,9 +9,11 @@ import torch
 from fffsweep.pipeline import finetuning
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.finetuning import Finetuning
+from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
 from fffsweep.pipeline.stage import StopRequested
 from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig
+from fffsweep.pipeline.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,19 @@ def test_padding_and_order_do_not_change_predictions(context, tiny_data):
     tuned.model.eval()
     alone = np.concatenate([tuned.model(torch.from_numpy(row.astype(np.int64))[None]).logits.detach().numpy() for row in split.input_ids])
     np.testing.assert_allclose(tuned.predict(split), alone, rtol=0, atol=1e-5)
+
+
+def test_only_whole_glue_tasks_are_complete(context):
+    rte = {"train": range(2241), "selection": range(249), "validation": range(277)}
+    assert is_complete(TASKS["rte"], rte)
+    assert not is_complete(TASKS["rte"], {**rte, "train": range(2240)})
+    assert not is_complete(TASKS["rte-like"], rte)
+    assert run(config_of(epochs=1), context())["data/complete"] == 0.0
+
+
+def test_bad_rows_of_the_data_are_passed_on(context):
+    here = context(metrics={"prepare": {"data/bad_rows": 3.0}})
+    assert run(config_of(epochs=1), here)["data/bad_rows"] == 3.0
 
 
 def test_kept_weights_load_again(context):
