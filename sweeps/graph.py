@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fffsweep.pipeline.stage import Resources, StageRun, get_stage, stage_run
 from fffsweep.pipeline.stages.collect import CollectConfig
-from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.space import TrialSpec
 
 
@@ -29,16 +29,11 @@ class TrialPlan:
 
 
 def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
-    """Stage runs of every trial. Raises ConfigError if timings are asked for and no reference_dense control is given."""
+    """Stage runs of every trial. Timings are relative to the first one, which `expand` puts there for its role reference_dense."""
     prepare = _planned("prepare", stage_run("prepare", config.stages.prepare))
     references: dict[int, PlannedStage] = {}
     plans = []
-    if config.stages.benchmark_cpu is not None and not any("reference_dense" in spec.controls for spec in specs):
-        raise ConfigError(
-            "stage benchmark_cpu without the control reference_dense: relative times need the layer they are relative to; "
-            "add reference_dense(WIDTH) to controls, or set stages.benchmark_cpu to null"
-        )
-    for spec in sorted(specs, key=lambda spec: "reference_dense" not in spec.controls):
+    for spec in specs:
         stages = [prepare]
         for replicate in range(config.seeds.pretrain):
             pretrain = _planned(
@@ -54,8 +49,7 @@ def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
                 stages.append(_planned(f"benchmark_cpu/{replicate}", run, replicate))
         collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, {s.label: s.run.key for s in stages[1:]})
         plans.append(TrialPlan(spec, (*stages, _planned("collect", collect))))
-    order = {spec.id: number for number, spec in enumerate(specs)}
-    return sorted(plans, key=lambda plan: order[plan.spec.id])
+    return plans
 
 
 def _finetunings(config: SweepConfig, prepare: PlannedStage, pretrain: PlannedStage, replicate: int) -> list[PlannedStage]:
