@@ -117,6 +117,7 @@ def test_paper_averages_recompute():
     assert checked == 15
 
 
+@pytest.mark.slow
 def test_figures_for_print(whole, fresh, tmp_path):
     written = report.write(whole, tmp_path / "figures", "figures")
     assert {path.suffix for path in written} == {".svg", ".pdf"}
