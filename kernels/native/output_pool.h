@@ -23,7 +23,8 @@ struct Block {
 
 class Pool {
  public:
-  Block take(size_t bytes) {
+  Block take(size_t wanted) {
+    const size_t bytes = (wanted + kAlign - 1) / kAlign * kAlign;
     {
       std::lock_guard<std::mutex> guard(lock_);
       auto fits = [&](const Block& each) { return each.bytes >= bytes && each.bytes <= bytes + bytes / 4; };
@@ -36,13 +37,12 @@ class Pool {
         return block;
       }
     }
-    const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    void* memory = std::aligned_alloc(kAlign, rounded);
+    void* memory = std::aligned_alloc(kAlign, bytes);
     TORCH_CHECK(memory, "cmm: out of memory for an output of ", bytes, " bytes");
 #if defined(__linux__)
-    madvise(memory, rounded, MADV_HUGEPAGE);
+    madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    return {memory, rounded};
+    return {memory, bytes};
   }
 
   void give(Block block) {

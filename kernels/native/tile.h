@@ -8,7 +8,6 @@ namespace CMM_ISA {
 
 constexpr int kTile = 128;  // 128 rows of 3 KB stay in a second-level cache with the rows of the top levels
 constexpr int kMaxLevels = 31;
-constexpr int kRowsAhead = 4;  // groups between the prefetch of a row and its use
 
 // Weights of one tree.
 template <class W>
@@ -80,7 +79,9 @@ __attribute__((noinline)) void dots_of(const typename X::type* const* x, const t
 template <int kPass, class X, class W>
 void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahead) {
   constexpr int kNodes = kPass == 2 ? 3 : 1;
-  const bool scattered = tile.num_groups * 2 > tile.size;
+  // a call a group or less: the rows of the groups to come are what is missing, not those of the next tile
+  const bool scattered = tile.num_groups * kBlock >= tile.size;
+  constexpr int kGroupsAhead = kPass == 2 ? 2 : 4;
   Group next[kTile];
   uint8_t order[kTile];
   int num_next = 0;
@@ -97,10 +98,10 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       for (int t = 0; t < count; ++t) x[t] = tile.x[tile.order[at + t]];
       const char* rows[kAheadRows];
       if (scattered) {
-        const int later = g + kRowsAhead < tile.num_groups ? g + kRowsAhead : g;
-        rows[0] = (const char*)(tree.w_in + tile.groups[later].node * tree.hidden);
+        const int64_t later = tile.groups[g + kGroupsAhead < tile.num_groups ? g + kGroupsAhead : g].node;
+        rows[0] = (const char*)(tree.w_in + later * tree.hidden);
         rows[1] = (const char*)(tree.w_out + node * tree.hidden);
-        for (int r = 2; r < kAheadRows; ++r) rows[r] = (const char*)family[0];
+        for (int r = 2; r < kAheadRows; ++r) rows[r] = kPass == 2 ? (const char*)(tree.w_in + (2 * later + r - 1) * tree.hidden) : rows[1];
       } else {
         ahead.take(rows, kAheadRows, family[0]);
       }
@@ -180,6 +181,7 @@ void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y
     }
   }
 #endif
+  const bool scattered = tile.num_groups * 2 > tile.size;
   for (int g = 0; g < tile.num_groups; ++g) {
     const Group group = tile.groups[g];
     const typename W::type* rows[kMaxLevels];
@@ -189,7 +191,12 @@ void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y
       const int count = group.end - at < kBlock ? group.end - at : kBlock;
       typename Y::type* out[kBlock];
       const char* later[kAheadRows];
-      ahead.take(later, kAheadRows, rows[0]);
+      if (scattered && g + 1 < tile.num_groups) {
+        int64_t next = tile.groups[g + 1].node;
+        for (int r = 0; r < kAheadRows; ++r, next = next > 0 ? (next - 1) / 2 : 0) later[r] = (const char*)(tree.w_out + next * tree.hidden);
+      } else {
+        ahead.take(later, kAheadRows, rows[0]);
+      }
       for (int t = 0; t < count; ++t) out[t] = y[tile.order[at + t]];
 #if defined(__AVX512BF16__)
       if constexpr (kPairs) {
