@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections import deque
@@ -112,11 +113,11 @@ class RayExecutor:
                 "object_store_memory": 100 * 2**20,
                 "include_dashboard": False,
             }
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else local))
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
         self._node_cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         self.num_cpus = int(ray.cluster_resources()["CPU"])
         self._store, self._stop_file = store, stop_file
-        self._progress = ray.remote(num_cpus=0)(_ProgressBoard).remote()
+        self._progress: Any = ray.remote(num_cpus=0)(_ProgressBoard).remote()
         self._task = ray.remote(max_retries=0)(_ray_attempt)
         self._running: dict[Any, str] = {}
 
@@ -127,7 +128,8 @@ class RayExecutor:
 
     def wait(self, timeout_s: float) -> list[Event]:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s) if self._running else ([], [])
-        events = [Event(key, "progress", figures, worker) for key, (figures, worker) in self._ray.get(self._progress.take.remote()).items()]
+        latest: dict[str, tuple[dict[str, Any], str]] = self._ray.get(self._progress.take.remote())
+        events = [Event(key, "progress", figures, worker) for key, (figures, worker) in latest.items()]
         for task in ready:
             key = self._running.pop(task)
             try:

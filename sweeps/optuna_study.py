@@ -6,21 +6,21 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 # Trees and depth as integers: a categorical "layout" could not grow when a study is extended.
-_SPACE = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
+_SPACE: dict[str, BaseDistribution] = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
 _TRIAL, _KEY = "fffsweep.trial", "fffsweep.key"
 
 
 class OptunaStudy:
     """An Optuna study with one trial for each fffsweep trial. Only the driver that holds the study's lease writes it."""
 
-    def __init__(self, storage: str, name: str, objectives: Mapping[str, str]) -> None:
+    def __init__(self, storage: str, name: str, objectives: Mapping[str, Literal["maximize", "minimize"]]) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
         self._study = optuna.create_study(
             storage=storage,
