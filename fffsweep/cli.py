@@ -142,12 +142,14 @@ def pareto(study: Study, as_json: AsJson = False, results: ResultsFolder = RESUL
 @app.command()
 def report(
     study: Study,
+    form: Annotated[Literal["html", "md", "latex", "figures"], typer.Option("--format", help="figures: SVG and PDF files.")] = "html",
     results: ResultsFolder = RESULTS,
-    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Where to write it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="Where to write it, instead of below the results.")
+    ] = None,
 ) -> None:
-    """Write a study's report: one self-contained HTML file."""
-    view = _view(study, results)
-    print(_write_report(view, output))
+    """Write a study's report: one self-contained HTML file, or its tables or figures for a paper."""
+    print("\n".join(map(str, _write_report(_view(study, results), form, output))))
 
 
 @app.command()
@@ -155,7 +157,7 @@ def ui(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study's name, or the path of its config.")] = None,
     results: ResultsFolder = RESULTS,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8265,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8321,
 ) -> None:
     """Serve the dashboard until interrupted."""
     from fffsweep.dashboards.app import serve
@@ -242,14 +244,12 @@ def _view(study: str, results: Path) -> StudyView:
     return load_study(results, study)
 
 
-def _write_report(view: StudyView, output: Path | None) -> Path:
-    from fffsweep.dashboards.report import write_report
+def _write_report(view: StudyView, form: str = "html", output: Path | None = None) -> list[Path]:
+    from fffsweep.dashboards.report import write
     from fffsweep.sweeps.record import study_folder
 
-    path = output or view.results / "reports" / f"{study_folder(view.results, view.name).name}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_report(view, path)
-    return path
+    ending = {"html": ".html", "md": ".md", "latex": ".tex", "figures": "-figures"}[form]
+    return write(view, output or view.results / "reports" / f"{study_folder(view.results, view.name).name}{ending}", form)
 
 
 def _tell(name: str, results: Path, outcome: Outcome) -> int:
@@ -266,7 +266,7 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     pareto_table(view, sys.stdout)
     where = "" if results == RESULTS else f" --results {shlex.quote(str(results))}"
     database = results.resolve() / "mlflow.db"
-    print(f"\nreport     {_write_report(view, None)}")
+    print(f"\nreport     {_write_report(view)[0]}")
     print(f"dashboard  fffsweep ui {shlex.quote(name)}{where}")
     print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}")
     return 1 if outcome.failed_trials else 0
