@@ -44,9 +44,10 @@ def table(view: StudyView, out: IO[str]) -> None:
 
 
 def pareto_table(view: StudyView, out: IO[str]) -> None:
-    """The front, best in the first objective first, and the controls below it."""
+    """The front, best in the first objective first, then the layouts that it dominates, then the controls."""
     members = [entry.trial for entry in view.front()]
-    _print_table(view, rows(view, [*members, *(trial for trial in view.trials if trial.controls and trial not in members)]), out)
+    others = sorted((trial for trial in view.trials if trial not in members), key=lambda trial: not trial.in_study)
+    _print_table(view, rows(view, [*members, *others]), out)
 
 
 def _print_table(view: StudyView, shown: list[Row], out: IO[str]) -> None:
