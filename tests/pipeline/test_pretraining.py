@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fffsweep.pipeline import pretraining
+from fffsweep.pipeline import optimisation, pretraining, schedules
 from fffsweep.pipeline.model_settings import ModelSettings
 from fffsweep.pipeline.optimisation import DivergedError, LossGuard
 from fffsweep.pipeline.pretraining import Pretraining
@@ -217,3 +217,22 @@ def test_tree_health_counts_every_visit(new_context):
         assert layer["left_share"][2] == pytest.approx(usage[:, 0::2].sum() / usage.sum())
         assert layer["nodes"] == 30
         assert (usage == 0).sum() <= layer["dead_nodes"] < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_hundred_sentences_are_learned_by_heart(name, new_context):
+    """A hundred sequences under one mask: every variant can bring the loss to nearly nothing."""
+    config = config_of(name, learning_rate=1e-2, batch_size=100, micro_batch_size=100)
+    with optimisation.reproducible(0):
+        learner = Pretraining(config, new_context())
+        batch = learner.masking.apply(learner.corpus[:100], 0, 0)
+        losses = []
+        for step in range(160):
+            loss = learner._read(batch)[0]
+            loss.backward()
+            rate = config.learning_rate * schedules.factor("cosine", step / 160, warmup=0.1)
+            optimisation.apply_gradients(learner.model, learner.optimizer, rate, config.clip)
+            losses.append(loss.item())
+    assert losses[0] == pytest.approx(np.log(96), abs=0.5)
+    assert losses[-1] < 0.1
