@@ -6,11 +6,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fffsweep.pipeline.data.rows import BadRow, BadRows
 from fffsweep.pipeline.data.text import HeldOutSentences, SeenHashes, is_valid_unicode, normalise, text_hash
@@ -21,30 +22,7 @@ if TYPE_CHECKING:
     from fffsweep.pipeline.stages.prepare import PrepareConfig
 
 _BATCH = 1000
-
-
-@dataclass
-class CleanCorpus:
-    """train, validation: files with one document a line. Counters by collection."""
-
-    train: Path
-    validation: Path
-    num_read: int = 0
-    num_duplicates: int = 0
-    num_contaminated: int = 0
-    num_over_limit: int = 0
-    documents: Counter[str] = field(default_factory=Counter)
-    num_bytes: Counter[str] = field(default_factory=Counter)
-
-    def summary(self) -> dict[str, Any]:
-        """What data.json says."""
-        return {
-            "documents_read": self.num_read,
-            "duplicates": self.num_duplicates,
-            "contaminated": self.num_contaminated,
-            "over_limit": self.num_over_limit,
-            "kept": {name: {"documents": self.documents[name], "bytes": self.num_bytes[name]} for name in sorted(self.documents)},
-        }
+T = TypeVar("T")
 
 
 class _Index:
@@ -60,6 +38,37 @@ class _Index:
         self.hashes.append(value)
         self.sizes.append(size)
         self.collections.append(self.names.index(collection))
+
+
+@dataclass
+class CleanCorpus:
+    """train, validation: files with one document a line. Counters by collection."""
+
+    train: Path
+    validation: Path
+    num_read: int = 0
+    num_duplicates: int = 0
+    num_contaminated: int = 0
+    num_over_limit: int = 0
+    documents: Counter[str] = field(default_factory=Counter)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, index: _Index, kept: NDArray[np.bool_]) -> None:
+        """Add the kept documents of one file to the counters."""
+        collections, sizes = np.array(index.collections, dtype=np.int64)[kept], np.array(index.sizes, dtype=np.int64)[kept]
+        for number, name in enumerate(index.names):
+            self.documents[name] += int((collections == number).sum())
+            self.num_bytes[name] += int(sizes[collections == number].sum())
+
+    def summary(self) -> dict[str, Any]:
+        """What data.json says."""
+        return {
+            "documents_read": self.num_read,
+            "duplicates": self.num_duplicates,
+            "contaminated": self.num_contaminated,
+            "over_limit": self.num_over_limit,
+            "kept": {name: {"documents": self.documents[name], "bytes": self.num_bytes[name]} for name in sorted(self.documents)},
+        }
 
 
 def clean_corpus(
@@ -83,50 +92,45 @@ def clean_corpus(
             hashes = [text_hash(text) for _, text in sound]
             fresh = [(*each, value) for each, value, new in zip(sound, hashes, seen.add_all(hashes), strict=True) if new]
             corpus.num_duplicates += len(sound) - len(fresh)
-            contaminated = held_out.found_in([text for _, text, _ in fresh])
-            corpus.num_contaminated += int(contaminated.sum())
-            for (document, text, value), is_contaminated in zip(fresh, contaminated.tolist(), strict=True):
-                if is_contaminated:
-                    continue
+            for document, text, value in fresh:
                 is_validation = document.held_out if own_validation else (value & 0xFFFFFFFF) < config.validation_share * 2**32
                 (validation if is_validation else train).write(text + "\n")
                 indices[is_validation].add(document.collection, value, len(text.encode()))
-    _limit(corpus, indices, own_validation, config.max_corpus_bytes)
+    kept = _within_limit(indices, config.max_corpus_bytes, own_validation)
+    for is_validation, path in ((False, corpus.train), (True, corpus.validation)):
+        corpus.num_over_limit += int((~kept[is_validation]).sum())
+        corpus.num_contaminated += _filter(path, kept[is_validation], held_out)
+        corpus.count(indices[is_validation], kept[is_validation])
     return corpus
 
 
-def _limit(corpus: CleanCorpus, indices: dict[bool, _Index], own_validation: bool, limit: int | None) -> None:
-    """Keep the documents of lowest hash that fit into `limit` bytes together, and count what is kept.
-
-    A validation set of its own stays whole.
-    """
-    drawn = [indices[False]] if own_validation else list(indices.values())
-    threshold = None
+def _within_limit(indices: dict[bool, _Index], limit: int | None, own_validation: bool) -> dict[bool, NDArray[np.bool_]]:
+    """Which documents to keep: those of lowest hash that fit into `limit` bytes together. A validation set of its own stays whole."""
+    kept = {side: np.ones(len(index.hashes), dtype=bool) for side, index in indices.items()}
+    drawn = [False] if own_validation else [False, True]
     if limit is not None:
-        hashes = np.concatenate([np.array(index.hashes, dtype=np.uint64) for index in drawn])
-        sizes = np.concatenate([np.array(index.sizes, dtype=np.int64) for index in drawn])
-        order = np.argsort(hashes, kind="stable")
+        hashes = np.concatenate([np.array(indices[side].hashes, dtype=np.uint64) for side in drawn])
+        sizes = np.concatenate([np.array(indices[side].sizes, dtype=np.int64) for side in drawn])
+        order = np.argsort(hashes)
         num_fit = int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right"))
-        threshold = int(hashes[order][num_fit]) if num_fit < len(hashes) else None
-    for is_validation, path in ((False, corpus.train), (True, corpus.validation)):
-        index = indices[is_validation]
-        keep = np.ones(len(index.hashes), dtype=bool)
-        if threshold is not None and not (is_validation and own_validation):
-            keep = np.array(index.hashes, dtype=np.uint64) < np.uint64(threshold)
-            _keep_lines(path, keep)
-            corpus.num_over_limit += int((~keep).sum())
-        collections = np.array(index.collections, dtype=np.int64)[keep]
-        sizes = np.array(index.sizes, dtype=np.int64)[keep]
-        for number, name in enumerate(index.names):
-            corpus.documents[name] += int((collections == number).sum())
-            corpus.num_bytes[name] += int(sizes[collections == number].sum())
+        if num_fit < len(order):
+            for side in drawn:
+                kept[side] = np.array(indices[side].hashes, dtype=np.uint64) < hashes[order[num_fit]]
+    return kept
 
 
-def _keep_lines(path: Path, keep: Iterable[bool]) -> None:
+def _filter(path: Path, kept: NDArray[np.bool_], held_out: HeldOutSentences) -> int:
+    """Rewrite a file with the lines that are kept and not contaminated; clears `kept` at the latter and returns their number."""
     aside = path.with_suffix(".kept")
+    num_contaminated = 0
     with path.open(encoding="utf-8", newline="\n") as source, _writing(aside) as target:
-        target.writelines(line for line, kept in zip(source, keep, strict=True) if kept)
+        for batch in _batches(compress(enumerate(source), kept.copy())):
+            contaminated = held_out.found_in([line[:-1] for _, line in batch])
+            num_contaminated += int(contaminated.sum())
+            kept[[number for (number, _), found in zip(batch, contaminated, strict=True) if found]] = False
+            target.writelines(line for (_, line), found in zip(batch, contaminated, strict=True) if not found)
     aside.replace(path)
+    return num_contaminated
 
 
 def _sound(batch: list[Document], bad: BadRows) -> Iterator[tuple[Document, str]]:
@@ -141,8 +145,8 @@ def _sound(batch: list[Document], bad: BadRows) -> Iterator[tuple[Document, str]
             bad.add(document.file, document.row, "text is empty")
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    stream = iter(documents)
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    stream = iter(items)
     while batch := list(islice(stream, _BATCH)):
         yield batch
 

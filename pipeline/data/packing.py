@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from fffsweep.pipeline.data.vocabulary import Encoder
+from fffsweep.pipeline.data.vocabulary import Encoder, Ids, id_type
 
 _BLOCK_BYTES = 1 << 22
 
 
-def id_type(vocabulary_size: int) -> type[np.unsignedinteger[Any]]:
-    """uint16 where every id fits, else uint32."""
-    return np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
-
-
 class Packer:
-    """Fills sequences `[CLS] ids...` from a stream of documents with `[SEP]` behind each, and appends them to a raw file.
+    """Cuts a stream of ids into sequences that begin with `[CLS]` and appends them to a raw file.
 
     A document runs on into the next sequence. What is left over at the end, less than one sequence, is dropped.
     """
 
-    def __init__(self, path: Path, sequence_length: int, cls: int, sep: int, dtype: type[np.unsignedinteger[Any]]) -> None:
-        self._path, self._length, self._cls, self._sep, self._dtype = path, sequence_length, cls, sep, dtype
+    def __init__(self, path: Path, sequence_length: int, encoder: Encoder) -> None:
+        self._path, self._length, self._cls = path, sequence_length, encoder.cls
         self._file = path.open("wb")
-        self._left = np.empty(0, dtype=dtype)
+        self.dtype = id_type(encoder.vocabulary_size)
+        self._left = np.empty(0, dtype=self.dtype)
         self.num_sequences = 0
 
-    def add(self, documents: Iterable[list[int]]) -> None:
-        """Append documents."""
-        stream: list[int] = []
-        for ids in documents:
-            stream += ids
-            stream.append(self._sep)
-        ids_in_order = np.concatenate([self._left, np.array(stream, dtype=self._dtype)])
+    def add(self, ids: Ids) -> None:
+        """Append ids, separators included."""
+        stream = np.concatenate([self._left, ids])
         body = self._length - 1
-        num_full = len(ids_in_order) // body
-        self._left = ids_in_order[num_full * body :]
-        sequences = np.empty((num_full, self._length), dtype=self._dtype)
+        num_full = len(stream) // body
+        self._left = stream[num_full * body :]
+        sequences = np.empty((num_full, self._length), dtype=self.dtype)
         sequences[:, 0] = self._cls
-        sequences[:, 1:] = ids_in_order[: num_full * body].reshape(num_full, body)
+        sequences[:, 1:] = stream[: num_full * body].reshape(num_full, body)
         self._file.write(sequences.tobytes())
         self.num_sequences += num_full
 
@@ -56,11 +47,11 @@ class Packer:
 
 
 def pack(texts: Path, encoder: Encoder, packer: Packer) -> Iterator[int]:
-    """Encode a file with one document a line into `packer`; yields the bytes read after each block."""
+    """Encode a file with one document a line, `[SEP]` behind each, into `packer`; yields the bytes read after each block."""
     with texts.open(encoding="utf-8", newline="\n") as file:
         while lines := file.readlines(_BLOCK_BYTES):
-            packer.add(encoder.encode(lines))
-            yield sum(len(line.encode()) for line in lines)
+            packer.add(encoder.encode(lines, separated=True)[0])
+            yield sum(len(line) if line.isascii() else len(line.encode()) for line in lines)
 
 
 def write_corpus(raw: Path, num_sequences: int, sequence_length: int, dtype: type[np.unsignedinteger[Any]], target: Path) -> None:
@@ -106,26 +97,23 @@ class _Released:
         self.closed = True
 
 
-def join_pair(first: list[int], second: list[int] | None, sequence_length: int, cls: int, sep: int) -> list[int]:
+def join_texts(first: Ids, second: Ids | None, sequence_length: int, cls: int, sep: int) -> Ids:
     """`[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]` of at most `sequence_length` ids; the longer text is cut first."""
+    start, end = np.array([cls], dtype=first.dtype), np.array([sep], dtype=first.dtype)
     if second is None:
-        return [cls, *first[: sequence_length - 2], sep]
+        return np.concatenate([start, first[: sequence_length - 2], end])
     room = sequence_length - 3
-    if len(first) + len(second) > room:
-        half = room // 2
-        num_first = max(room - len(second), min(len(first), room - half))
-        first, second = first[:num_first], second[: room - num_first]
-    return [cls, *first, sep, *second, sep]
+    first = first[: max(room - len(second), min(len(first), room - room // 2))]
+    return np.concatenate([start, first, end, second[: room - len(first)], end])
 
 
-def write_rows(ids: Sequence[list[int]], labels: NDArray[Any], dtype: type[np.unsignedinteger[Any]], target: Path) -> None:
+def write_rows(ids: Sequence[Ids], labels: NDArray[Any], target: Path) -> None:
     """Rows of one split of a task: columns `input_ids` (list) and `label`, one record batch."""
     import pyarrow as pa
 
     offsets = np.zeros(len(ids) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in ids], out=offsets[1:])
-    values = np.fromiter((each for row in ids for each in row), dtype=dtype, count=int(offsets[-1]))
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)))
     batch = pa.record_batch([column, pa.array(labels)], names=["input_ids", "label"])
     target.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:

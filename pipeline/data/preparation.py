@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fffsweep.pipeline.data.cleaning import CleanCorpus, clean_corpus
-from fffsweep.pipeline.data.packing import Packer, id_type, join_pair, pack, write_corpus, write_rows
+from fffsweep.pipeline.data.packing import Packer, join_texts, pack, write_corpus, write_rows
 from fffsweep.pipeline.data.rows import BadRows, TaskRows, hold_out
 from fffsweep.pipeline.data.sources import open_source
 from fffsweep.pipeline.data.text import HeldOutSentences
@@ -105,14 +105,13 @@ def _tokenizer(config: PrepareConfig, corpus: CleanCorpus) -> Tokenizer:
 def _pack_corpus(
     config: PrepareConfig, context: StageContext, corpus: CleanCorpus, encoder: Encoder
 ) -> tuple[dict[str, dict[str, int]], float]:
-    """Counts of each split, and MB of text tokenised and packed in a second."""
-    dtype = id_type(encoder.vocabulary_size)
+    """Counts of each split, and MB of text tokenised and packed in a second of one core."""
     packed: dict[str, dict[str, int]] = {}
-    start, done = time.monotonic(), 0
+    start, done = time.thread_time(), 0
     total = corpus.train.stat().st_size + corpus.validation.stat().st_size
     for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
         raw = context.work / f"{split}.ids"
-        packer = Packer(raw, config.sequence_length, encoder.cls, encoder.sep, dtype)
+        packer = Packer(raw, config.sequence_length, encoder)
         for num_bytes in pack(texts, encoder, packer):
             done += num_bytes
             context.progress(done, total, "bytes tokenised")
@@ -124,10 +123,10 @@ def _pack_corpus(
                 f"corpus: the {split} text fills no sequence of {config.sequence_length} tokens ({texts.stat().st_size} bytes); "
                 "expected at least one: add text, or raise validation_share"
             )
-        write_corpus(raw, packer.num_sequences, config.sequence_length, dtype, context.output / "corpus" / f"{split}.arrow")
+        write_corpus(raw, packer.num_sequences, config.sequence_length, packer.dtype, context.output / "corpus" / f"{split}.arrow")
         raw.unlink()
         packed[split] = {"sequences": packer.num_sequences, "tokens_left_over": left_over}
-    return packed, total / 1e6 / max(time.monotonic() - start, 1e-9)
+    return packed, total / 1e6 / max(time.thread_time() - start, 1e-9)
 
 
 def _write_task(task: Task, splits: dict[str, TaskRows], config: PrepareConfig, output: Path, encoder: Encoder) -> dict[str, Any]:
@@ -135,12 +134,13 @@ def _write_task(task: Task, splits: dict[str, TaskRows], config: PrepareConfig, 
     folder = output / "tasks" / task.name
     counts: dict[str, Any] = {}
     for split, rows in splits.items():
-        parts = [encoder.encode([texts[column] for texts in rows.texts]) for column in range(len(task.text_columns))]
+        parts = [encoder.encode_each([texts[column] for texts in rows.texts]) for column in range(len(task.text_columns))]
         pairs = [(texts[0], texts[1] if len(texts) == 2 else None) for texts in zip(*parts, strict=True)]
-        ids = [join_pair(first, second, config.sequence_length, encoder.cls, encoder.sep) for first, second in pairs]
+        ids = [join_texts(first, second, config.sequence_length, encoder.cls, encoder.sep) for first, second in pairs]
         labels = np.array(rows.labels, dtype=np.float32 if task.kind == "regression" else np.int64)
-        write_rows(ids, labels, id_type(encoder.vocabulary_size), folder / f"{split}.arrow")
+        write_rows(ids, labels, folder / f"{split}.arrow")
         room = config.sequence_length - 1 - len(task.text_columns)
-        counts[split] = {"rows": len(rows), "truncated": sum(len(a) + len(b or ()) > room for a, b in pairs)}
+        num_truncated = sum(sum(map(len, texts)) > room for texts in zip(*parts, strict=True))
+        counts[split] = {"rows": len(rows), "truncated": num_truncated}
     (folder / "task.json").write_text(json.dumps({"task": asdict(task), "splits": counts}, indent=1, sort_keys=True) + "\n")
     return counts

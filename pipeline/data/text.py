@@ -6,7 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 # C0 and C1 controls that are no white space, soft hyphen, zero-width and directional marks, byte order mark
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 _WORD = re.compile(r"\w+")
+_WORD_OR_END = re.compile(r"\w+|\n")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 LEAST_WORDS = 8
+_END = 1 << 32
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -74,7 +76,7 @@ class HeldOutSentences:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._ids: dict[str, int] = {}
+        self._ids: dict[str, int] = {"\n": _END}
         self._sentences: dict[int, list[tuple[int, ...]]] = {}
         known: set[tuple[str, ...]] = set()
         for text in texts:
@@ -82,7 +84,7 @@ class HeldOutSentences:
                 words = tuple(_WORD.findall(part.lower()))
                 if len(words) >= LEAST_WORDS and words not in known:
                     known.add(words)
-                    ids = tuple(self._ids.setdefault(word, len(self._ids) + 1) for word in words)
+                    ids = tuple(self._ids.setdefault(word, len(self._ids)) for word in words)
                     start = int(_windows(np.array(ids[:LEAST_WORDS], dtype=np.uint64))[0])
                     self._sentences.setdefault(start, []).append(ids)
         self._starts = np.sort(np.fromiter(self._sentences, dtype=np.uint64, count=len(self._sentences)))
@@ -93,12 +95,10 @@ class HeldOutSentences:
         found = np.zeros(len(documents), dtype=bool)
         if not self._sentences or not documents:
             return found
-        words = [_WORD.findall(document.lower()) for document in documents]
-        ends = np.cumsum([len(each) + 1 for each in words])
-        # 0 stands for words of no sentence and for the end of a document
-        ids = np.fromiter(
-            (self._ids.get(word, 0) for word in chain.from_iterable((*each, "") for each in words)), dtype=np.uint64, count=int(ends[-1])
-        )
+        # documents hold no line end, so one can mark theirs
+        words = _WORD_OR_END.findall("\n".join([*documents, ""]).lower())
+        ids = np.fromiter(map(self._ids.get, words, repeat(0)), dtype=np.uint64, count=len(words))
+        ends = np.flatnonzero(ids == _END)
         if len(ids) < LEAST_WORDS:
             return found
         windows = _windows(ids)
