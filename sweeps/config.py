@@ -20,7 +20,7 @@ from pydantic import (
 
 from fffsweep.kernels.shape import TreeShape, layout_of_width, parse_layout
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
-from fffsweep.pipeline.settings import Count, Settings, parse_count, parse_number
+from fffsweep.pipeline.settings import Count, Settings, parse_count
 from fffsweep.pipeline.stages.benchmark import BenchmarkConfig
 from fffsweep.pipeline.stages.finetune import FinetuneConfig, FinetuneRecipe
 from fffsweep.pipeline.stages.prepare import PrepareConfig
@@ -31,8 +31,6 @@ from fffsweep.sweeps.objectives import metrics_of, unknown_metric
 from fffsweep.sweeps.yaml_source import ConfigError, Source, read_source
 
 __all__ = ["ConfigError", "SweepConfig", "load_config"]
-
-StageName = Literal["prepare", "pretrain", "finetune", "benchmark_cpu", "collect"]
 
 
 def _width(value: Any) -> Any:
@@ -130,7 +128,7 @@ class Seeds(Settings):
 class SweepConfig(Settings):
     """One sweep. The space is `layouts`, or every `depth` at about one `width`.
 
-    retries: how often a stage run is tried again after a fault of the machine; timeouts: seconds a run of a stage may take.
+    retries: how often a stage run is tried again after a fault of the machine.
     """
 
     name: Name
@@ -145,7 +143,6 @@ class SweepConfig(Settings):
     sampler: Literal["grid"] = "grid"
     seeds: Seeds = Seeds()
     retries: Count = Field(default=2, ge=0)
-    timeouts: dict[StageName, Annotated[float, Field(gt=0), BeforeValidator(parse_number)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:

@@ -37,7 +37,6 @@ def test_every_sweep_is_valid(validator, path):
         {"layouts": None, "depth": 3, "width": "~4k"},
         {"scale": {"stages": {"finetune": {"epochs": 2, "overrides": {"stsb": {"epochs": "1k"}}}}}},
         {"scale": None},
-        {"timeouts": {"pretrain": 60}},
     ],
 )
 def test_what_people_write_is_valid(validator, quickstart, change):
@@ -57,7 +56,6 @@ def test_what_people_write_is_valid(validator, quickstart, change):
         {"seeds": {"pretrain": "two"}},
         {"scale": {"stages": {"finetune": {"epoch": 2}}}},
         {"scale": {"model": {"num_layers": 0}}},
-        {"timeouts": {"train": 60}},
         {"model": {"feedforward": {"depth": 3}}},
     ],
 )
