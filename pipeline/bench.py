@@ -1,0 +1,162 @@
+"""Training speed: steps of pretraining with a tree by CMM, by its masked form, and with a dense layer of the same width.
+
+`python -m fffsweep.pipeline.bench` times twelve layers of the published width and vocabulary; options make it smaller.
+Each variant lives in a process of its own, so that its peak memory is its own; their steps alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from statistics import median, quantiles
+from typing import Any
+
+from fffsweep.kernels.shape import TreeShape, parse_layout
+from fffsweep.pipeline.machine import provenance
+
+SCHEMA = "fffsweep.bench/1"
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One size of model and batch. Defaults: the paper's width and vocabulary in twelve layers."""
+
+    layout: str = "1x11"
+    hidden: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    vocabulary: int = 32768
+    sequence_length: int = 128
+    batch: int = 32
+    threads: int = 2
+    steps: int = 3
+
+    @property
+    def shape(self) -> TreeShape:
+        """Layout of the tree layer; the dense one is as wide."""
+        return parse_layout(self.layout)
+
+    def feedforward(self, name: str) -> dict[str, Any]:
+        """Settings of `dense`, `masked` or `cmm`."""
+        if name == "dense":
+            return {"variant": "dense", "trees": self.shape.width}
+        return {"variant": "fff", "trees": self.shape.trees, "depth": self.shape.depth, "execution": name}
+
+
+VARIANTS = ("dense", "masked", "cmm")
+
+
+def time_training(case: TrainingCase) -> list[dict[str, Any]]:
+    """A row for each variant: tokens a second of whole steps (forward, backward, AdamW), alternating, and peak memory."""
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for name in VARIANTS:
+        here, there = context.Pipe()
+        process = context.Process(target=_train, args=(case, name, there), daemon=True)
+        process.start()
+        there.close()
+        here.recv()  # built and warm before the next one starts
+        workers.append((name, here, process))
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(case.steps):
+        for name, pipe, _process in workers:
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    memory = {}
+    for name, pipe, process in workers:
+        pipe.send(False)
+        memory[name] = pipe.recv()
+        process.join()
+    tokens = case.batch * case.sequence_length
+    speed = {name: tokens / median(times) for name, times in seconds.items()}
+    return [
+        {"suite": "training", "device": "cpu", "direction": "train", "variant": name}
+        | asdict(case)
+        | {
+            "tokens_per_s": speed[name],
+            "q20": tokens / _quantile(seconds[name], 4),
+            "q80": tokens / _quantile(seconds[name], 1),
+            "speedup_vs_dense": speed[name] / speed["dense"],
+            "speedup_vs_masked": speed[name] / speed["masked"],
+            "peak_rss_bytes": memory[name],
+        }
+        for name in VARIANTS
+    ]
+
+
+def _quantile(times: list[float], fifth: int) -> float:
+    return quantiles(times, n=5, method="inclusive")[fifth - 1] if len(times) > 1 else times[0]
+
+
+def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
+    """Build a model, take one step to warm up, then one whenever told, sending its seconds; at last the peak memory."""
+    import torch
+
+    from fffsweep.pipeline import optimisation
+    from fffsweep.pipeline.masking import Masking
+    from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+    from fffsweep.pipeline.stages.pretrain import PretrainRecipe
+
+    torch.set_num_threads(case.threads)
+    config = FffConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        num_hidden_layers=case.num_layers,
+        num_attention_heads=case.num_heads,
+        max_position_embeddings=case.sequence_length,
+        feedforward=case.feedforward(name),
+    )
+    with optimisation.reproducible(0):
+        model = FffForMaskedLM(config)
+        recipe = PretrainRecipe(steps=1)
+        optimizer = optimisation.make_optimizer(model, recipe)
+        masking = Masking(4, tuple(range(5)), case.vocabulary, recipe.mask_share)
+        sequences = torch.randint(5, case.vocabulary, (case.batch, case.sequence_length)).numpy()
+
+        def step(number: int) -> float:
+            begun = time.perf_counter()
+            inputs, positions, labels = (torch.from_numpy(each) for each in masking.apply(sequences, 0, number))
+            model(input_ids=inputs, positions=positions, labels=labels).loss.backward()
+            optimisation.apply_gradients(model, optimizer, recipe.learning_rate, recipe.clip)
+            return time.perf_counter() - begun
+
+        pipe.send(step(0))
+        number = 0
+        while pipe.recv():
+            number += 1
+            pipe.send(step(number))
+        pipe.send(optimisation.peak_rss_bytes())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table, or with --json the rows."""
+    parser = argparse.ArgumentParser(prog="fffsweep bench --suite training", description=(__doc__ or "").splitlines()[0])
+    for name, default in asdict(TrainingCase()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    options = vars(parser.parse_args(arguments))
+    as_json = options.pop("json")
+    try:
+        case = TrainingCase(**options)
+        _ = case.shape
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = time_training(case)
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, "provenance": provenance(), "rows": rows}, indent=1))
+        return 0
+    print(f"{'variant':8} {'tokens/s':>10} {'vs dense':>9} {'vs masked':>10} {'peak MiB':>9}")
+    for row in rows:
+        figures = f"{row['tokens_per_s']:10.0f} {row['speedup_vs_dense']:9.2f} {row['speedup_vs_masked']:10.2f}"
+        print(f"{row['variant']:8} {figures} {row['peak_rss_bytes'] / 2**20:9.0f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
