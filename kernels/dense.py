@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
+
+Layer = Callable[[Tensor], Tensor]
+PADDED = 16  # leading dimensions that are a multiple of this many elements suit vector units and caches
 
 
 def _matrices(weights: LayerWeights) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -16,10 +25,82 @@ def _matrices(weights: LayerWeights) -> tuple[Tensor, Tensor | None, Tensor]:
     return weights.w_in[:, 0], bias, weights.w_out[:, 0]
 
 
-def eager(weights: LayerWeights) -> Callable[[Tensor], Tensor]:
+def eager(weights: LayerWeights) -> Layer:
     """Two torch linear layers, as every encoder has them."""
+    return _two_linears(weights, *_matrices(weights))
+
+
+def padded(weights: LayerWeights) -> Layer:
+    """As `eager`, with neurons of zero weights up to the next multiple of `PADDED`."""
+    return _two_linears(weights, *_padded(weights))
+
+
+def compiled(weights: LayerWeights) -> Layer:
+    """As `padded`, through torch.compile; the first call compiles, a minute on a slow machine."""
+    return torch.compile(_two_linears(weights, *_padded(weights)), dynamic=False)
+
+
+def _padded(weights: LayerWeights) -> tuple[Tensor, Tensor | None, Tensor]:
     w_in, bias, w_out = _matrices(weights)
+    missing = -len(w_in) % PADDED
+    if bias is not None:
+        bias = functional.pad(bias, (0, missing))
+    # an activation of the table is zero at zero, and the output rows beside it are zero too
+    return functional.pad(w_in, (0, 0, 0, missing)), bias, functional.pad(w_out, (0, 0, 0, missing))
+
+
+def _two_linears(weights: LayerWeights, w_in: Tensor, bias: Tensor | None, w_out: Tensor) -> Layer:
     act = activation_of(weights.activation).apply
     # as nn.Linear stores it; a copy would cut the gradient's way to w_out
     down = w_out.t() if w_out.requires_grad else w_out.t().contiguous()
     return lambda x: functional.linear(act(functional.linear(x, w_in, bias)), down)
+
+
+def int8_dynamic(weights: LayerWeights) -> Layer:
+    """Weights and tokens in 8 bits, scales of tokens found at each call: torch's dynamic quantisation."""
+    w_in, bias, w_out = _padded(weights)
+    up, down = nn.Linear(w_in.shape[1], len(w_in), bias is not None), nn.Linear(len(w_in), w_in.shape[1], False)
+    with torch.no_grad():
+        up.weight.copy_(w_in)
+        down.weight.copy_(w_out.t())
+        if bias is not None:
+            up.bias.copy_(bias)
+    act = activation_of(weights.activation).apply
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao, which is no dependency here
+        first, second = torch.ao.quantization.quantize_dynamic(nn.Sequential(up, down), {nn.Linear}, torch.qint8)
+    return lambda x: second(act(first(x)))
+
+
+def numpy_sgemm(weights: LayerWeights) -> Layer:
+    """Two products by numpy's own BLAS (OpenBLAS in its wheels), on as many threads as torch has."""
+    w_in, bias, w_out = (None if each is None else each.detach().contiguous().numpy() for each in _padded(weights))
+    assert w_in is not None, "weights exist"
+    assert w_out is not None, "weights exist"
+    up = np.ascontiguousarray(w_in.T)
+    act = activation_of(weights.activation).apply
+
+    def layer(x: Tensor) -> Tensor:
+        _set_openblas_threads(torch.get_num_threads())
+        logits = x.reshape(-1, x.shape[-1]).numpy() @ up
+        if bias is not None:
+            logits += bias
+        y = act(torch.from_numpy(logits)).numpy() @ w_out
+        return torch.from_numpy(y).reshape(x.shape)
+
+    return layer
+
+
+@functools.cache
+def _openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS inside numpy's wheel; None where numpy brings another."""
+    found = sorted((Path(np.__file__).parent.parent / "numpy.libs").glob("*openblas*"))
+    return ctypes.CDLL(str(found[0])) if found else None
+
+
+def _set_openblas_threads(threads: int) -> None:
+    library = _openblas()
+    for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"):
+        if library is not None and hasattr(library, name):
+            getattr(library, name)(threads)
+            return

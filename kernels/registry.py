@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import dense, library, reference, torch_forms
+from fffsweep.kernels import dense, library, naive, reference, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS, nearest_first
 from fffsweep.kernels.layer import LayerWeights
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+BOTH = frozenset({"cpu", "cuda"})
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -37,6 +39,8 @@ class Implementation:
     refuses: Callable[[LayerWeights], str | None] = lambda weights: None
     paths: Callable[[LayerWeights, Tensor], Tensor] | None = None
     variant_of: str | None = None
+    slow: bool = False
+    bits8: bool = False
 
     def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
         """Reason why this implementation does not apply, or None if it does."""
@@ -85,7 +89,7 @@ def _torch_form(name: str, form: Callable[..., Tensor], paths: Callable[..., Ten
         name,
         "cmm",
         lambda weights: lambda x: form(x, weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation),
-        devices=frozenset({"cpu", "cuda"}),
+        devices=BOTH,
         dtypes=frozenset({F32, BF16, F64}),
         supports_backward=True,
         paths=lambda weights, x: paths(x, weights.w_in, weights.b_in, weights.shape),
@@ -100,13 +104,29 @@ def _reference(weights: LayerWeights) -> Layer:
     return layer
 
 
+def _no_compiler() -> str | None:
+    return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
+
+
+def _no_int8() -> str | None:
+    return None if torch.backends.quantized.engine != "none" else "this torch has no engine for 8-bit products"
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("reference", "reference", _reference, dtypes=frozenset({F32, BF16, F64})),
     _torch_form("masked", torch_forms.masked, torch_forms.masked_paths),
     _torch_form("gather", torch_forms.gather, torch_forms.paths),
     _native(None),
     *(_native(isa) for isa in library.ISA_NAMES),
-    Implementation("torch_dense", "dense", dense.eager, frozenset({"cpu", "cuda"}), frozenset({F32, BF16, F64}), supports_backward=True),
+    Implementation("numpy_level1", "cmm", naive.level1, slow=True),
+    Implementation("numpy_level2", "cmm", naive.level2, slow=True),
+    Implementation("sparse_coo", "cmm", naive.sparse(torch.sparse_coo), slow=True),
+    Implementation("sparse_csr", "cmm", naive.sparse(torch.sparse_csr), slow=True),
+    Implementation("torch_dense", "dense", dense.eager, BOTH, frozenset({F32, BF16, F64}), supports_backward=True),
+    Implementation("torch_dense_padded", "dense", dense.padded, BOTH, frozenset({F32, BF16, F64}), supports_backward=True),
+    Implementation("torch_dense_compiled", "dense", dense.compiled, BOTH, frozenset({F32, BF16}), unavailable=_no_compiler, slow=True),
+    Implementation("numpy_sgemm", "dense", dense.numpy_sgemm),
+    Implementation("torch_int8_dynamic", "dense", dense.int8_dynamic, unavailable=_no_int8, bits8=True),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fffsweep.kernels import reference
+from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.reference import Array
 from fffsweep.kernels.registry import Implementation
@@ -52,6 +53,8 @@ def verify(
             return Verdict(False, flips, float("inf"), f"{unsound} paths leave the reference's at logits that are not within rounding of 0")
         expected = reference.forward(weights, x, torch.from_numpy(paths))
     error, tolerance = np.abs(y.detach().double().numpy() - expected.y), output_tolerance(weights, expected)
+    if implementation.bits8:
+        tolerance = tolerance + quantisation_tolerance(weights, x, expected)
     worst, reason = _worst("output", error, tolerance)
     if backward and reason is None:
         grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
@@ -67,6 +70,19 @@ def output_tolerance(weights: LayerWeights, done: reference.Forward) -> Array:
     # torch rounds logits and activations to the dtype too
     rounding = 4 * stored * (done.y_terms + SLOPE_BOUND * done.y_logit_terms) if stored > epsilon else 0.0
     return np.asarray(logits + epsilon * (weights.shape.active_width + 8) * done.y_terms + rounding + 2 * stored * np.abs(done.y) + 1e-30)
+
+
+def quantisation_tolerance(weights: LayerWeights, x: Tensor, done: reference.Forward) -> Array:
+    """Error that dense outputs [tokens, hidden] may show when every tensor is rounded to 8 bits of its range."""
+    w_in, w_out = (np.abs(each.detach().double().numpy()).reshape(-1, weights.hidden) for each in (weights.w_in, weights.w_out))
+    tokens = np.abs(x.detach().double().numpy())
+    act = activation_of(weights.activation).apply
+    hidden = np.abs(act(torch.from_numpy(done.logits)).numpy().reshape(len(tokens), weights.shape.width))
+    # half a step of a range of twice the largest; torch gives up a bit of the tokens' range, so that sums of products cannot overflow
+    step_in, step_out, step_x, step_hidden = (float(each.max(initial=0)) / 127 for each in (w_in, w_out, 2 * tokens, 2 * hidden))
+    logits = step_in * tokens.sum(axis=1, keepdims=True) + step_x * w_in.sum(axis=1)
+    hidden_error = SLOPE_BOUND * logits + step_hidden
+    return np.asarray(hidden_error @ w_out + step_out * (hidden + hidden_error).sum(axis=1, keepdims=True))
 
 
 def _epsilons(weights: LayerWeights) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from fffsweep.kernels.registry import Implementation
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.kernels.verify import output_tolerance, verify
 
-FAST = [each for each in registry.IMPLEMENTATIONS if each.role != "reference"]
+FAST = [each for each in registry.IMPLEMENTATIONS if each.role != "reference" and each.name != "torch_dense_compiled"]
 IDS = [each.name for each in FAST]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -123,6 +123,28 @@ def test_gradients_reach_only_visited_rows(implementation: Implementation) -> No
     assert leaf.b_in.grad[0, untouched].abs().max() == 0
 
 
+@pytest.mark.slow
+def test_compiled_dense_layer() -> None:
+    compiled = registry.find("torch_dense_compiled")
+    check(compiled, layer(compiled, "20x0", 24), tokens(16, 24))
+
+
+@pytest.mark.parametrize("implementation", [each for each in FAST if each.name.startswith("native")], ids=lambda each: each.name)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("layout", "count"), [("1x8", 2500), ("1x11", 1500), ("3x5", 1200), ("1x9", 150)])
+def test_deep_walks_of_many_tokens(implementation: Implementation, layout: str, count: int, threads: int) -> None:
+    """Enough tokens that every stage of the depth-first walk and every way to share it between threads is taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            weights, x = layer(implementation, layout, 32, dtype), tokens(count, 32, dtype)
+            x[: count // 3] = x[:1]  # a third of them crowd on one path
+            check(implementation, weights, x)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_suite_runs_the_implementations_it_should() -> None:
     names = {each.name for each in FAST if each.unavailable() is None}
-    assert {"masked", "gather", "torch_dense"} <= names
+    assert {"masked", "gather", "numpy_level1", "sparse_csr", "torch_dense", "torch_dense_padded", "numpy_sgemm"} <= names

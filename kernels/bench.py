@@ -1,0 +1,231 @@
+"""The kernel benchmark: `python -m fffsweep.kernels.bench`. Every implementation is gated, then timed alternating with the dense ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fffsweep.kernels import bench_report, timing
+from fffsweep.kernels.layer import LayerWeights, random_layer
+from fffsweep.kernels.measure import DTYPES, draw, gate, layer_call
+from fffsweep.kernels.shape import TreeShape, parse_layout
+
+SCHEMA = 1
+DENSE_TOKENS = 1024  # a dense layer's time a token changes little beyond, so longer batches are not timed for it
+SLOW_TOKENS = 128  # beyond this the naive forms are left out: they would take most of the time and tell nothing new
+GPT3_WIDTH = 49_152  # feedforward neurons of GPT-3, which 1x15 is held against
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a layout at one size, in one dtype, on so many threads."""
+
+    suite: str
+    layout: str
+    hidden: int
+    tokens: int
+    dtype: str
+    threads: int
+    mode: str
+    direction: str
+    dense_width: int
+
+    @property
+    def shape(self) -> TreeShape:
+        """Shape of the layout."""
+        return parse_layout(self.layout)
+
+
+SUITES = {
+    "quick": ["--layout", "1x11,4x9", "--tokens", "1,128,1024", "--dtype", "float32,bfloat16", "--mode", "hot,cold"],
+    "paper": [
+        *["--layout", "1x11,1x15,4x9,32x6,128x4,512x2", "--tokens", "1,128,1024,16384", "--dtype", "float32,bfloat16"],
+        *["--mode", "hot,cold", "--direction", "forward,train", "--threads", "1,2", "--min-time", "2"],
+    ],
+    "gpt3": ["--layout", "1x15", "--hidden", "12288", "--tokens", "1,16,128", "--dense-width", str(GPT3_WIDTH)],
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 if every case has a verified implementation, 1 if one has none, 2 for wrong arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parse(arguments)
+        cases = list(_cases(options))
+        saved = None if options.activations is None else torch.load(options.activations, weights_only=True).float()
+    except ValueError as error:
+        print(f"fffsweep bench: {error}", file=sys.stderr)
+        return 2
+    rows: list[dict[str, Any]] = []
+    failed = []
+    for case in cases:
+        found = run_case(case, saved, min_time_s=options.min_time, seed=options.seed, compiled=options.compiled)
+        rows += found
+        best = next((row for row in found if row["best"]), None)
+        if best is None:
+            failed.append(case)
+        print(_line(case, best), flush=True)
+    result = {"schema": SCHEMA, "provenance": bench_report.provenance(arguments), "rows": rows}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(bench_report.markdown(result))
+    if options.plot:
+        bench_report.plot(result, options.plot)
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    def several(text: str) -> list[str]:
+        return [each.strip() for each in text.split(",") if each.strip()]
+
+    parser = argparse.ArgumentParser("fffsweep bench", description=__doc__)
+    parser.add_argument("--suite", choices=sorted(SUITES), help="a preset of the options below, which still override it")
+    parser.add_argument("--layout", type=several, default=["1x11"], help="trees x depth, several by commas")
+    parser.add_argument("--hidden", type=several, default=["768"])
+    parser.add_argument("--tokens", type=several, default=["1", "16", "128", "1024", "16384"])
+    parser.add_argument("--dtype", type=several, default=["float32"], help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--threads", type=several, default=["1"])
+    parser.add_argument("--mode", type=several, default=["hot"], help="hot: one copy of the weights; cold: cycling those of 12 layers")
+    parser.add_argument("--direction", type=several, default=["forward"], help="forward, train (forward and backward)")
+    parser.add_argument("--dense-width", type=int, default=0, help="neurons of the dense layer compared with; by default those stored")
+    parser.add_argument("--activations", type=Path, help="saved activations, a float tensor [any, hidden] written by torch.save")
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile's dense layer too; compiling takes minutes in all")
+    parser.add_argument("--min-time", type=float, default=1.0, help="seconds of alternating samples a case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="roofline and speed-up; needs matplotlib")
+    first = parser.parse_args(arguments)
+    return parser.parse_args([*SUITES[first.suite], *arguments]) if first.suite else first
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    for name, values, allowed in (
+        ("dtype", options.dtype, tuple(DTYPES)),
+        ("mode", options.mode, ("hot", "cold")),
+        ("direction", options.direction, ("forward", "train")),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise ValueError(f"--{name} {value}: expected one of {', '.join(allowed)}")
+    numbers = {name: [_positive(name, value) for value in getattr(options, name)] for name in ("hidden", "tokens", "threads")}
+    for layout in options.layout:
+        shape = parse_layout(layout)
+        for hidden in numbers["hidden"]:
+            for dtype in options.dtype:
+                for direction in options.direction:
+                    for mode in options.mode:
+                        for threads in numbers["threads"]:
+                            for tokens in numbers["tokens"]:
+                                width = options.dense_width or shape.width
+                                yield Case(options.suite or "custom", layout, hidden, tokens, dtype, threads, mode, direction, width)
+
+
+def _positive(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--{name} {text}: expected an integer >= 1")
+    return int(text)
+
+
+def run_case(
+    case: Case, saved: Tensor | None = None, *, min_time_s: float = 1.0, seed: int = 0, compiled: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of one case, one for each implementation of the layout and of the dense layer, in the dtype and in float32 for the dense."""
+    dtype = DTYPES[case.dtype]
+    weights = random_layer(case.shape, case.hidden, seed=seed)
+    dense = random_layer(TreeShape(case.dense_width, 0), case.hidden, seed=seed + 1)
+    source = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(seed)) if saved is None else saved
+    x, x_dense = (draw(source, weights, count, seed) for count in (case.tokens, min(case.tokens, DENSE_TOKENS)))
+    with timing.pinned(case.threads):
+        timed = _gated(case, "cmm", weights, x, dtype, seed, slow=case.tokens <= SLOW_TOKENS)
+        for each in {dtype, torch.float32}:
+            timed |= _gated(case, "dense", dense, x_dense, each, seed, slow=compiled)
+        calls = {name: entry["call"] for name, entry in timed.items() if entry["verdict"].verified}
+        fast = [name for role in ("cmm", "dense") for name in _fast({n: c for n, c in calls.items() if timed[n]["role"] == role})]
+        load = timing.load()
+        series = timing.interleave({name: calls[name] for name in fast}, min_time_s=min_time_s) if fast else {}
+    rows = [_row(case, name, entry, series.get(name), load) for name, entry in timed.items()]
+    return bench_report.compare(rows)
+
+
+def _fast(calls: dict[str, Any]) -> list[str]:
+    """Names worth alternating samples: those far behind on their first calls are left out of the comparison."""
+    return timing.shortlist(calls, within=20.0)[0] if calls else []
+
+
+def _gated(
+    case: Case, role: str, weights: LayerWeights, x: Tensor, dtype: torch.dtype, seed: int, *, slow: bool
+) -> dict[str, dict[str, Any]]:
+    backward = case.direction == "train"
+    rounded, tokens = weights.to(dtype), x.to(dtype)
+    entries = {}
+    for implementation, verdict in gate(weights, x, dtype, backward=backward, seed=seed, slow=slow):
+        if implementation.role != role or (implementation.bits8 and dtype != torch.float32):
+            continue
+        call = layer_call(implementation, rounded, tokens, mode=case.mode, direction=case.direction)
+        kind = "int8" if implementation.bits8 else str(dtype).removeprefix("torch.")
+        entries[f"{implementation.name}/{kind}"] = {
+            "role": role,
+            "call": call,
+            "verdict": verdict,
+            "dtype": kind,
+            "tokens": len(x),
+            "shape": weights.shape,
+        }
+    return entries
+
+
+def _row(case: Case, name: str, entry: dict[str, Any], series: timing.Series | None, load: float) -> dict[str, Any]:
+    scale = 1e9 / entry["tokens"]
+    macs = 2 * entry["shape"].active_width * case.hidden * (3 if case.direction == "train" else 1)
+    peak = bench_report.peak_macs_per_ns(entry["dtype"], case.threads)
+    return {
+        "suite": case.suite,
+        "layout": case.layout,
+        "hidden": case.hidden,
+        "tokens": case.tokens,
+        "dtype": entry["dtype"],
+        "threads": case.threads,
+        "mode": case.mode,
+        "device": "cpu",
+        "direction": case.direction,
+        "role": entry["role"],
+        "implementation": name.split("/")[0],
+        "ns_per_token": None if series is None else series.median_s * scale,
+        "q20": None if series is None else series.q20_s * scale,
+        "q80": None if series is None else series.q80_s * scale,
+        "noisy": None if series is None else series.noisy,
+        "load": load,
+        "macs_per_token": macs,
+        "flop_limit": macs / peak,
+        "fraction_of_limit": None if series is None else macs / peak / (series.median_s * scale),
+        "path_flips": entry["verdict"].path_flips,
+        "verified": entry["verdict"].verified,
+        "reason": entry["verdict"].reason,
+    }
+
+
+def _line(case: Case, best: dict[str, Any] | None) -> str:
+    head = f"{case.layout} hidden {case.hidden} {case.tokens} tokens {case.dtype} {case.threads} thread(s) {case.mode} {case.direction}: "
+    if best is None:
+        return head + "no verified implementation"
+    noisy = ", noisy" if best["noisy"] else ""
+    return head + (
+        f"{best['implementation']} {best['ns_per_token']:,.0f} ns a token, {best['speedup_vs_torch_dense']:.1f}x torch dense float32, "
+        f"{best['speedup_vs_best_dense']:.1f}x {best['best_dense']}{noisy}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

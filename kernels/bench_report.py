@@ -1,0 +1,156 @@
+"""What the benchmark says beside its times: speed-ups, the arithmetic limit, provenance, tables and plots."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fffsweep.kernels import library
+
+Row = dict[str, Any]
+
+
+def compare(rows: list[Row]) -> list[Row]:
+    """The rows of one case with their speed-ups over torch's dense float32 layer, the best dense of their dtype, and `best` marked."""
+    dense = [row for row in rows if row["role"] == "dense" and row["ns_per_token"] is not None and row["verified"]]
+    eager = next((row["ns_per_token"] for row in dense if (row["implementation"], row["dtype"]) == ("torch_dense", "float32")), None)
+    timed = [row for row in rows if row["role"] == "cmm" and row["ns_per_token"] is not None]
+    fastest = min(timed, key=lambda row: row["ns_per_token"], default=None)
+    for row in rows:
+        alike = [each for each in dense if each["dtype"] == row["dtype"]]
+        best = min(alike, key=lambda each: each["ns_per_token"], default=None)
+        same = next((each["ns_per_token"] for each in alike if each["implementation"] == "torch_dense"), None)
+        row["speedup_vs_torch_dense"] = _ratio(eager, row)
+        row["speedup_vs_best_dense"] = _ratio(None if best is None else best["ns_per_token"], row)
+        row["best_dense"] = best and best["implementation"]
+        row["speedup_vs_same_dtype_dense"] = _ratio(same, row)
+        row["best"] = row is fastest
+    return rows
+
+
+def _ratio(dense_ns: float | None, row: Row) -> float | None:
+    return None if dense_ns is None or row["ns_per_token"] is None else dense_ns / row["ns_per_token"]
+
+
+@functools.cache
+def peak_macs_per_ns(dtype: str, threads: int) -> float:
+    """Multiply-adds a nanosecond that a large matrix product reaches here: the arithmetic limit, measured and not looked up."""
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
+    size = 1024
+    a, b = (torch.randn(size, size).to(kind) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a @ b
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(before)
+    return float(size**3 / min(times) / 1e9)
+
+
+def provenance(arguments: list[str]) -> dict[str, Any]:
+    """Command, commit, versions and machine of a benchmark run."""
+    return {
+        "command": " ".join(["fffsweep", "bench", *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "isa": None if library.why_missing() else library.best_isa(),
+        "platform": platform.platform(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Table of the best implementation of each case, with provenance."""
+    origin = result["provenance"]
+    heads = ["layout", "hidden", "tokens", "dtype", "threads", "mode", "direction", "implementation", "ns a token (q20-q80)"]
+    heads += ["vs torch dense", "vs best dense", "of the limit", "path flips", "noisy"]
+    lines = [
+        f"# CMM on {origin['cpu']}",
+        "",
+        f"`{origin['command']}`, {origin['date']}, commit {origin['commit']}{' (dirty)' if origin['dirty'] else ''}, "
+        f"torch {origin['torch']}, instruction set {origin['isa']}, {origin['cpus']} CPUs.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+        *(_table_row(row) for row in result["rows"] if row["best"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table_row(row: Row) -> str:
+    cells = [str(row[key]) for key in ("layout", "hidden", "tokens", "dtype", "threads", "mode", "direction", "implementation")]
+    cells += [
+        f"{row['ns_per_token']:,.0f} ({row['q20']:,.0f}-{row['q80']:,.0f})",
+        f"{row['speedup_vs_torch_dense']:.1f}x",
+        f"{row['speedup_vs_best_dense']:.1f}x {row['best_dense']}",
+        f"{row['fraction_of_limit']:.0%}",
+        str(row["path_flips"]),
+        "yes" if row["noisy"] else "no",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Speed-up by tokens and a roofline, as one picture. Raises RuntimeError without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise RuntimeError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, roof) = pyplot.subplots(1, 2, figsize=(13, 5))
+    series: dict[tuple[Any, ...], list[Row]] = {}
+    for row in result["rows"]:
+        if row["best"]:
+            series.setdefault(tuple(row[key] for key in ("layout", "dtype", "threads", "mode", "direction")), []).append(row)
+    for key, rows in series.items():
+        rows.sort(key=lambda row: row["tokens"])
+        tokens, label = [row["tokens"] for row in rows], " ".join(str(part) for part in key)
+        speed.plot(tokens, [row["speedup_vs_torch_dense"] for row in rows], marker="o", label=label)
+        roof.plot(tokens, [2 * row["macs_per_token"] / row["ns_per_token"] for row in rows], marker="o", label=label)
+    for dtype, threads in sorted({(row["dtype"], row["threads"]) for row in result["rows"] if row["best"]}):
+        limit = next(
+            2 * row["macs_per_token"] / row["flop_limit"] for row in result["rows"] if (row["dtype"], row["threads"]) == (dtype, threads)
+        )
+        roof.axhline(limit, linestyle="--", color="grey")
+        roof.annotate(f"matrix product, {dtype}, {threads} thread(s)", (1, limit), fontsize=7)
+    speed.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times faster than torch dense float32")
+    roof.set(xscale="log", yscale="log", xlabel="tokens", ylabel="GFLOP/s")
+    speed.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
