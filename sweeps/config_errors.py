@@ -42,9 +42,9 @@ def explain(error: ValidationError, source: Source, model: type[BaseModel]) -> s
         return f"{reason} ({source.origin((*key, *reason.path))})"
     if isinstance(reason, ValueError):
         return f"{_prefix(key, str(reason))}{reason} ({source.origin(_named(key, str(reason), source))})"
-    if fault["type"] == "extra_forbidden" or fault["loc"][-1] == "[key]":
+    if fault["type"] == "extra_forbidden":
         around = _choices(schema, _at(schema, key[:-1]))
-        allowed = [name for choice in around for name in choice.get("properties", choice.get("propertyNames", {}).get("enum", ()))]
+        allowed = [name for choice in around for name in choice.get("properties", ())]
         return f"{dotted(key)}: unknown key; expected one of {nearest_first(str(key[-1]), allowed)} ({source.origin(key)})"
     expected = _describe(schema, _at(schema, fault["loc"]), _shown(fault["input"])) or fault["msg"][:1].lower() + fault["msg"][1:]
     expected += "".join(
