@@ -40,7 +40,21 @@
 
   addEventListener("DOMContentLoaded", () => {
     for (const form of document.querySelectorAll("form[data-auto]")) {
-      form.addEventListener("change", () => form.requestSubmit());
+      // In place, so that the focus stays where a keyboard has put it; the address follows, so that it can be passed on.
+      const apply = () => {
+        history.replaceState(null, "", form.getAttribute("action") + "?" + new URLSearchParams(new FormData(form)));
+        refresh();
+      };
+      let waiting = 0;
+      form.addEventListener("change", () => {
+        clearTimeout(waiting);
+        waiting = setTimeout(apply, 300);
+      });
+      form.addEventListener("submit", (event) => {
+        event.preventDefault();
+        clearTimeout(waiting);
+        apply();
+      });
     }
     for (const slider of document.querySelectorAll("[data-output]")) {
       slider.addEventListener("input", () => (document.getElementById(slider.dataset.output).textContent = slider.value));
