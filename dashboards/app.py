@@ -169,12 +169,10 @@ def _attachment(data: bytes, format: str, name: str) -> Response:
     return Response(data, media_type=_TYPES[format], headers={"Content-Disposition": f"attachment; filename*=UTF-8''{_quoted(name)}"})
 
 
-def serve(
-    results: Path, study: str | None, host: str = "127.0.0.1", port: int = 8265, token: str | None = None, read_only: bool = False
-) -> None:
+def serve(results: Path, study: str | None, host: str = "127.0.0.1", port: int = 8321, token: str | None = None) -> None:
     """Serve the dashboard until interrupted. Beyond loopback a token is demanded; one is made up where none is given.
 
-    read_only: pages offer nothing that changes anything; so far there is nothing of the kind.
+    The dashboard reads only: nothing that it serves changes anything.
     """
     if not is_loopback(host) and token is None:
         token = secrets.token_urlsafe(24)
