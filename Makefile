@@ -86,7 +86,7 @@ setup-dev: setup
 	@$(MAKE) --silent --no-print-directory $(STAMPS)/dev
 
 $(STAMPS)/venv:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}: expected 3.11 to 3.13; install one and name it, such as make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("$(PYTHON) is Python %d.%d: expected 3.11 to 3.13; install one and name it, such as make PYTHON=python3.11" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) lacks its venv module: install it, on Debian with apt-get install python3-venv"; exit 1; }
 	@command -v $${CXX:-c++} > /dev/null || { echo "no C++ compiler: install one, on Debian with apt-get install g++"; exit 1; }
 	@$(PYTHON) -m venv .venv
