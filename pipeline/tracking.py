@@ -66,7 +66,7 @@ class Tracker:
             "versions": canonical_json(where.get("versions", {})),
             "device": str(where.get("device")),
             "machine": canonical_json(where.get("machine", {})),
-            "data": self._data_fingerprint(manifest, store),
+            "data": str(where.get("data")),
         }
         run_id = self._child(trial, label, manifest.key, tags, started_ms)
         curve = read_curve(store.read(manifest, "curve.jsonl")) if "curve.jsonl" in manifest.artifacts else []
@@ -148,13 +148,6 @@ class Tracker:
             self._client.log_batch(run_id, params=entries[start : start + 100])
         for start in range(0, len(metrics or []), _BATCH):
             self._client.log_batch(run_id, metrics=(metrics or [])[start : start + _BATCH])
-
-    def _data_fingerprint(self, manifest: Manifest, store: Store) -> str:
-        """Fingerprint of the data behind a result: its own, or that of the prepare run it reads."""
-        if "data" in manifest.run.fingerprints:
-            return manifest.run.fingerprints["data"]
-        upstream = [store.get(key) for role, key in manifest.run.inputs.items() if role == "prepare" or role.startswith("pretrain")]
-        return self._data_fingerprint(upstream[0], store) if upstream else "none"
 
     def _all_runs(self) -> Iterator[Run]:
         token = None

@@ -17,7 +17,7 @@ from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 
 SCHEMA = "fffsweep.study/1"
 EXTENDS = ("layouts", "depth", "width", "controls", "seeds")  # what may differ when a study is run again under its name
-_IRRELEVANT = ("description", "retries", "timeouts")  # what cannot change a result
+_IRRELEVANT = ("description", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
 

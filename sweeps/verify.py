@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fffsweep.pipeline.store import DamagedArtifact, Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.graph import TrialPlan, build
@@ -33,9 +35,12 @@ def verify(name: str, results: Path, repair: bool = False) -> Findings:
     stored = load(folder)
     if stored is None:
         raise ConfigError(f"study {name!r}: there is none under {results / 'studies'}")
-    lease = Lease(folder)
     try:
         config = SweepConfig.model_validate(stored["config"])
+    except ValidationError:
+        raise ConfigError(f"{folder / 'study.json'}: its config is of another version of fffsweep; verify it with that one") from None
+    lease = Lease(folder)
+    try:
         store = Store(results / "store")
         plans = build(config, expand(config))
         problems, num_artifacts = _check_store(store, plans, repair)

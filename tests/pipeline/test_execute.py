@@ -137,3 +137,10 @@ def test_one_key_has_one_owner_at_a_time_and_a_dead_owner_is_no_owner(store):
 def test_unknown_stage_lists_the_choices():
     with pytest.raises(ValueError, match="expected one of prepare, pretrain"):
         get_stage("pretraining")
+
+
+def test_every_result_carries_the_fingerprint_of_its_data(store):
+    source = execute(replace(run_of(), fingerprints={"data": "abc"}), store)
+    middle = execute(replace(run_of(upto=2), inputs={"prepare": source.key}), store)
+    last = execute(replace(run_of(upto=4), inputs={"pretrain/0": middle.key}), store)
+    assert [manifest.provenance["data"] for manifest in (source, middle, last)] == ["abc"] * 3

@@ -27,7 +27,7 @@ def published(store, tmp_path):
     store.publish(prepare, {}, output, {}, 1.0, 1.0)
     (output / "curve.jsonl").write_text("".join(json.dumps({"step": n, "loss": 9.0 - n, "validation_loss": None}) + "\n" for n in range(3)))
     pretrain = StageRun("pretrain", 1, {"model": {"hidden_size": 8}, "tokens": 10}, 7, {"prepare": prepare.key})
-    where = {"commit": "c0ffee", "dirty": False, "versions": {"torch": "2"}, "device": "cpu", "machine": {"cpu": "x"}}
+    where = {"commit": "c0ffee", "dirty": False, "versions": {"torch": "2"}, "device": "cpu", "machine": {"cpu": "x"}, "data": "abc"}
     return store.publish(pretrain, {"mlm/validation_loss": 6.5}, output, where, 100.0, 2.5)
 
 
