@@ -167,10 +167,15 @@ def ui(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Time CMM against DMM by itself; `fffsweep bench --help` lists the options."""
+    """Time CMM against DMM by itself, or with `--suite training` whole training steps; `fffsweep bench --help` lists the options."""
+    arguments = list(context.args)
+    if "training" in arguments and arguments[(at := arguments.index("training")) - 1] == "--suite":
+        from fffsweep.pipeline.bench import main as time_training
+
+        return time_training(arguments[: at - 1] + arguments[at + 1 :])
     from fffsweep.kernels.bench import main as time_kernels
 
-    return int(time_kernels(context.args) or 0)
+    return time_kernels(arguments)
 
 
 @app.command("verify")
