@@ -21,7 +21,8 @@ from fffsweep.dashboards.figures import (
     role,
     trial_rows,
 )
-from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, Point, StudyView, TrialView
+from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, Point, StudyView
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.kernels.shape import parse_layout
 
 _KINDS = ("layout", "reference", "dense_active", "random_routing")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fffsweep.dashboards import paper
-from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, with_interval
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.pareto import hypervolume
 
 Spec = dict[str, Any]

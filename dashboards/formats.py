@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fffsweep.dashboards.queries import QUALITY, StudyView, TrialView
+from fffsweep.dashboards.queries import QUALITY, StudyView
 from fffsweep.dashboards.summary import Row, interval_note, rows, used_columns
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import decidability
 
 FORMATS = ("table", "json", "csv", "parquet", "latex", "markdown")

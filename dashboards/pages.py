@@ -11,8 +11,9 @@ from urllib.parse import urlencode
 from fffsweep.dashboards import depth_figures, figures, formats, paper, report, training_figures
 from fffsweep.dashboards.figures import Figure
 from fffsweep.dashboards.picks import picks
-from fffsweep.dashboards.queries import FINISHED, QUALITY, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
+from fffsweep.dashboards.trial import FINISHED, TrialView
 from fffsweep.dashboards.verdicts import KEPT, claims, decidability
 from fffsweep.sweeps import statistics as stats
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.pareto import knee, pick
 
 

@@ -15,34 +15,22 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from fffsweep.kernels.shape import TreeShape
-from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
+from fffsweep.dashboards.trial import FINISHED, Estimate, TrialView, read_manifest
+from fffsweep.pipeline.store import Store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.config_errors import nearest_first
 from fffsweep.sweeps.pareto import front
 from fffsweep.sweeps.record import SCHEMA, study_folder
-from fffsweep.sweeps.statistics import Interval
 
 QUALITY, QUALITY_VALIDATION = "quality/avg", "quality/validation_avg"
 BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseline_validation_avg"}
 REL_TIME = "ff/cpu/rel_time"
-FINISHED = ("complete", "reused")
 _POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
-
-
 T = TypeVar("T")
 
 
 class StudyNotFound(ValueError):
     """No study of that name in the results folder."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and how sure it is; `interval` is None where one replicate gives none."""
-
-    value: float
-    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -54,119 +42,6 @@ class Point:
     dtype: str
     threads: int
     mode: str
-
-
-class TrialView:
-    """One trial of a study: its place in the space, how far it is, and what it measured."""
-
-    def __init__(self, record: dict[str, Any], store: Store) -> None:
-        self._store = store
-        self._estimates: dict[str, Estimate] = {}
-        self.id: str = record["id"]
-        self.layout: str | None = record["layout"]
-        self.controls: tuple[str, ...] = tuple(record["controls"])
-        self.in_study: bool = record["in_study"]
-        self.number: int | None = record["number"]
-        self.params: dict[str, Any] = record["params"]
-        self.model: dict[str, Any] = record["model"]
-        self.state: str = record["state"]
-        self.error: str | None = record["error"]
-        self.stages: list[dict[str, Any]] = record["stages"]
-        self.collect_key: str | None = record["collect_key"]
-
-    @cached_property
-    def metrics(self) -> dict[str, float]:
-        """Metrics of the trial's `collect` run; empty until it has one."""
-        if self.collect_key is None:
-            return {}
-        try:
-            return _manifest(self._store.root, self.collect_key).metrics
-        except KeyError:
-            return {}
-
-    @property
-    def is_overlay(self) -> bool:
-        """Drawn beside the front instead of competing for it."""
-        return not self.in_study
-
-    @property
-    def variant(self) -> str:
-        """`dense`, `fff`, `none` or `random_routing`."""
-        return str(self.model["feedforward"]["variant"])
-
-    @cached_property
-    def shape(self) -> TreeShape | None:
-        """Trees and depth; None without a feedforward layer."""
-        layer = self.model["feedforward"]
-        return None if layer["variant"] == "none" else TreeShape(int(layer["trees"]), int(layer["depth"]))
-
-    @property
-    def finished_at(self) -> float:
-        """When the trial's last stage run ended, in seconds since 1970; infinity before that."""
-        manifest = self.stage_manifest("collect")
-        return float("inf") if manifest is None else manifest.started_at + manifest.duration_s
-
-    def has_role(self, kind: str, layout: str | None = None) -> bool:
-        """Whether the trial is the control `kind`, of `layout` if one is given."""
-        return kind in self.controls or (f"{kind}({layout})" in self.controls if layout else False)
-
-    def value(self, metric: str) -> float | None:
-        """Mean over the replicates; None if the trial has no such metric yet."""
-        return self.metrics.get(metric)
-
-    def replicates(self, metric: str) -> dict[int, float]:
-        """Replicate -> value."""
-        found, number = {}, 0
-        while (name := f"{metric}/{number}") in self.metrics:
-            found[number] = self.metrics[name]
-            number += 1
-        return found
-
-    def estimate(self, metric: str) -> Estimate | None:
-        """Value of a metric with its bootstrap interval over the replicates; None if the trial has no such metric."""
-        if metric not in self._estimates and metric in self.metrics:
-            values = list(self.replicates(metric).values())
-            self._estimates[metric] = Estimate(self.metrics[metric], stats.mean_interval(values))
-        return self._estimates.get(metric)
-
-    @cached_property
-    def averages(self) -> dict[str, float]:
-        """Metrics without the values of single replicates."""
-        return {name: value for name, value in self.metrics.items() if name.rpartition("/")[0] not in self.metrics}
-
-    def stage_manifest(self, label: str) -> Manifest | None:
-        """Manifest of a finished stage run by its label, such as `pretrain/0`; None if it has none."""
-        for stage in self.stages:
-            if stage["label"] == label and stage["state"] in FINISHED:
-                try:
-                    return _manifest(self._store.root, stage["key"])
-                except KeyError:
-                    return None
-        return None
-
-    def artifact(self, label: str, name: str) -> Path | None:
-        """Path of an artifact of a finished stage run, checksum verified; None if it has none or it is damaged."""
-        manifest = self.stage_manifest(label)
-        if manifest is None or name not in manifest.artifacts:
-            return None
-        try:
-            return self._store.read(manifest, name)
-        except DamagedArtifact:
-            return None
-
-    def curve(self, replicate: int) -> list[dict[str, Any]]:
-        """Logged steps of a replicate's pretraining."""
-        path = self.artifact(f"pretrain/{replicate}", "curve.jsonl")
-        return [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
-
-    def tree_health(self, replicate: int) -> dict[str, Any] | None:
-        """Left turns, leaf usage and dead nodes of a replicate's trained trees; None without trees."""
-        path = self.artifact(f"pretrain/{replicate}", "tree_health.json")
-        return None if path is None else json.loads(path.read_text())
-
-    @property
-    def num_finished(self) -> int:
-        return sum(stage["state"] in FINISHED for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -412,7 +287,7 @@ def disk_bytes(view: StudyView) -> int:
         if number % 10 == 9:
             time.sleep(0.005)  # a thread that only counts leaves the interpreter to those that answer
         with contextlib.suppress(KeyError):
-            sizes.update({artifact.sha256: artifact.num_bytes for artifact in _manifest(view.store.root, key).artifacts.values()})
+            sizes.update({artifact.sha256: artifact.num_bytes for artifact in read_manifest(view.store.root, key).artifacts.values()})
     return sum(sizes.values())
 
 
@@ -427,9 +302,3 @@ def _load(results: Path, path: Path, mtime_ns: int, num_bytes: int) -> StudyView
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it")
     return StudyView(results, record)
-
-
-@lru_cache(maxsize=50_000)
-def _manifest(root: Path, key: str) -> Manifest:
-    """Manifests never change, so one that was read stays read."""
-    return Store(root).get(key)

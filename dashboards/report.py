@@ -17,8 +17,9 @@ from markupsafe import Markup
 import fffsweep
 from fffsweep.dashboards import depth_figures, figures, formats, paper, print_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import claims, decidability, layouts
 
 HERE = Path(__file__).parent

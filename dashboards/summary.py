@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fffsweep.dashboards.queries import BASELINE, QUALITY, QUALITY_VALIDATION, REL_TIME, Estimate, StudyView, TrialView
+from fffsweep.dashboards.queries import BASELINE, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
+from fffsweep.dashboards.trial import Estimate, TrialView
 from fffsweep.sweeps.statistics import confidence_reached
 
 ABSENT = "–"

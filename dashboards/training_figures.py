@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fffsweep.dashboards.figures import DASHES, NUM_SERIES, SYMBOLS, Figure, Spec, axis
-from fffsweep.dashboards.queries import StudyView, TrialView
+from fffsweep.dashboards.queries import StudyView
+from fffsweep.dashboards.trial import TrialView
 
 MOST_CURVES = 8
 MOST_LEAVES, MOST_TREES = 64, 8

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, REL_TIME, StudyView, TrialView
+from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, REL_TIME, StudyView
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.statistics import Difference
 

@@ -1,0 +1,143 @@
+"""One trial as the record and the store's manifests have it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from fffsweep.kernels.shape import TreeShape
+from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
+from fffsweep.sweeps import statistics as stats
+from fffsweep.sweeps.statistics import Interval
+
+FINISHED = ("complete", "reused")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and how sure it is; `interval` is None where one replicate gives none."""
+
+    value: float
+    interval: Interval | None = None
+
+
+class TrialView:
+    """One trial of a study: its place in the space, how far it is, and what it measured."""
+
+    def __init__(self, record: dict[str, Any], store: Store) -> None:
+        self._store = store
+        self._estimates: dict[str, Estimate] = {}
+        self.id: str = record["id"]
+        self.layout: str | None = record["layout"]
+        self.controls: tuple[str, ...] = tuple(record["controls"])
+        self.in_study: bool = record["in_study"]
+        self.number: int | None = record["number"]
+        self.params: dict[str, Any] = record["params"]
+        self.model: dict[str, Any] = record["model"]
+        self.state: str = record["state"]
+        self.error: str | None = record["error"]
+        self.stages: list[dict[str, Any]] = record["stages"]
+        self.collect_key: str | None = record["collect_key"]
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the trial's `collect` run; empty until it has one."""
+        if self.collect_key is None:
+            return {}
+        try:
+            return read_manifest(self._store.root, self.collect_key).metrics
+        except KeyError:
+            return {}
+
+    @property
+    def is_overlay(self) -> bool:
+        """Drawn beside the front instead of competing for it."""
+        return not self.in_study
+
+    @property
+    def variant(self) -> str:
+        """`dense`, `fff`, `none` or `random_routing`."""
+        return str(self.model["feedforward"]["variant"])
+
+    @cached_property
+    def shape(self) -> TreeShape | None:
+        """Trees and depth; None without a feedforward layer."""
+        layer = self.model["feedforward"]
+        return None if layer["variant"] == "none" else TreeShape(int(layer["trees"]), int(layer["depth"]))
+
+    @property
+    def finished_at(self) -> float:
+        """When the trial's last stage run ended, in seconds since 1970; infinity before that."""
+        manifest = self.stage_manifest("collect")
+        return float("inf") if manifest is None else manifest.started_at + manifest.duration_s
+
+    def has_role(self, kind: str, layout: str | None = None) -> bool:
+        """Whether the trial is the control `kind`, of `layout` if one is given."""
+        return kind in self.controls or (f"{kind}({layout})" in self.controls if layout else False)
+
+    def value(self, metric: str) -> float | None:
+        """Mean over the replicates; None if the trial has no such metric yet."""
+        return self.metrics.get(metric)
+
+    def replicates(self, metric: str) -> dict[int, float]:
+        """Replicate -> value."""
+        found, number = {}, 0
+        while (name := f"{metric}/{number}") in self.metrics:
+            found[number] = self.metrics[name]
+            number += 1
+        return found
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Value of a metric with its bootstrap interval over the replicates; None if the trial has no such metric."""
+        if metric not in self._estimates and metric in self.metrics:
+            values = list(self.replicates(metric).values())
+            self._estimates[metric] = Estimate(self.metrics[metric], stats.mean_interval(values))
+        return self._estimates.get(metric)
+
+    @cached_property
+    def averages(self) -> dict[str, float]:
+        """Metrics without the values of single replicates."""
+        return {name: value for name, value in self.metrics.items() if name.rpartition("/")[0] not in self.metrics}
+
+    def stage_manifest(self, label: str) -> Manifest | None:
+        """Manifest of a finished stage run by its label, such as `pretrain/0`; None if it has none."""
+        for stage in self.stages:
+            if stage["label"] == label and stage["state"] in FINISHED:
+                try:
+                    return read_manifest(self._store.root, stage["key"])
+                except KeyError:
+                    return None
+        return None
+
+    def artifact(self, label: str, name: str) -> Path | None:
+        """Path of an artifact of a finished stage run, checksum verified; None if it has none or it is damaged."""
+        manifest = self.stage_manifest(label)
+        if manifest is None or name not in manifest.artifacts:
+            return None
+        try:
+            return self._store.read(manifest, name)
+        except DamagedArtifact:
+            return None
+
+    def curve(self, replicate: int) -> list[dict[str, Any]]:
+        """Logged steps of a replicate's pretraining."""
+        path = self.artifact(f"pretrain/{replicate}", "curve.jsonl")
+        return [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
+
+    def tree_health(self, replicate: int) -> dict[str, Any] | None:
+        """Left turns, leaf usage and dead nodes of a replicate's trained trees; None without trees."""
+        path = self.artifact(f"pretrain/{replicate}", "tree_health.json")
+        return None if path is None else json.loads(path.read_text())
+
+    @property
+    def num_finished(self) -> int:
+        return sum(stage["state"] in FINISHED for stage in self.stages)
+
+
+@lru_cache(maxsize=50_000)
+def read_manifest(root: Path, key: str) -> Manifest:
+    """Manifests never change, so one that was read stays read."""
+    return Store(root).get(key)
