@@ -93,9 +93,8 @@ def test_points_are_read_from_the_metrics(whole):
     assert {(point.tokens, point.mode) for point in whole.points} == {(t, m) for t in (1, 16, 128, 1024) for m in ("hot", "cold")}
 
 
-def test_a_study_is_read_again_only_when_its_record_changes(results, half):
-    again = load_study(results, "half")
-    assert again is half
+def test_a_study_is_read_again_only_when_its_record_changes(results):
+    assert load_study(results, "half") is load_study(results, "half")
     path = study_folder(results, "half") / "study.json"
     before = stamp(results, "half")
     record = json.loads(path.read_text())
