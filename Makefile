@@ -56,7 +56,7 @@ data: setup
 
 # The Hugging Face package `kernels` goes into a folder of its own, for one test to put on its path.
 $(STAMPS)/integration: $(STAMPS)/dev
-	$(call step,packages of the integration tests,$(PIP) --no-deps --upgrade --target .venv/beside kernels)
+	$(call step,packages of the integration tests,$(PIP) 'fffsweep[integration]' && $(PIP) --no-deps --upgrade --target .venv/beside kernels)
 	@touch $@
 
 test-integration: setup-dev data

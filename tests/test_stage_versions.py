@@ -49,7 +49,7 @@ def sources(name: str) -> list[str]:
     module = Path(inspect.getfile(stage)).resolve()
     files = [module]
     for pattern in stage.sources:
-        found = sorted(CHECKOUT.glob(pattern))
+        found = sorted(path for path in CHECKOUT.glob(pattern) if path.is_file())
         if not found:
             raise ValueError(f"stage {name} declares {pattern!r}: there is no such file; sources are paths from the checkout's top")
         files += found
