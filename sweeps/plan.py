@@ -21,9 +21,9 @@ from fffsweep.sweeps.space import expand
 
 SCHEMA = "fffsweep.plan/1"
 _MOST_MANIFESTS = 500  # their file names are hashes, so any 500 are a fair sample
-_MACS_PER_SECOND = 5e9  # of one core in training, all overheads included; for guesses only
-_GUESS_S = {"prepare": 60.0, "benchmark_cpu": 20.0, "collect": 0.1}
-_GUESS_BYTES = {"prepare": 100e6, "finetune": 1e6, "benchmark_cpu": 1e5, "collect": 1e4}
+_MACS_PER_SECOND = 2e10  # of one core in training, as the quickstart runs on AVX-512; for guesses only
+_GUESS_S = {"prepare": 30.0, "benchmark_cpu": 10.0, "collect": 0.1}
+_GUESS_BYTES = {"finetune": 5e4, "benchmark_cpu": 1e5, "collect": 1e4}
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
     hidden, vocabulary = model.hidden_size, int(getattr(config.stages.prepare, "vocabulary_size", 2**15))
     token_macs = model.num_layers * (4 * hidden**2 + 2 * hidden * (model.sequence_length + used)) + hidden * vocabulary / 4
     num_bytes = _GUESS_BYTES.get(name, 4.0 * (model.num_layers * (4 * hidden**2 + 2 * hidden * stored) + hidden * vocabulary))
+    if name == "prepare":
+        num_bytes = 0.6 * float(settings["max_corpus_bytes"] or 1e8)  # two bytes a token
     if name == "pretrain":
         if settings["wall_clock_s"]:
             return float(settings["wall_clock_s"]), num_bytes, "the wall-clock budget"
