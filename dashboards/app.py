@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import logging
 import secrets
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,6 +29,7 @@ from fffsweep.dashboards.pages import PAGES, Query
 from fffsweep.dashboards.queries import StudyView, disk_bytes, list_studies, load_study, stamp
 from fffsweep.dashboards.security import guard, is_loopback
 
+_READ_AHEAD = 3  # studies
 _TITLES = {"study": "Study", "pareto": "Pareto", "depth": "Depth and width", "training": "Training", "compare": "Compare"}
 _TYPES = {
     "csv": "text/csv",
@@ -178,9 +181,19 @@ def serve(results: Path, study: str | None, host: str = "127.0.0.1", port: int =
         token = secrets.token_urlsafe(24)
     app = create_app(results, study, token)
     logging.getLogger("uvicorn.access").disabled = True
+    threading.Thread(target=_read_ahead, args=(Path(results),), daemon=True, name="read-ahead").start()
     server = _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2))
     server.address = lambda actual: _address(host, actual, study, token)
     server.run()
+
+
+def _read_ahead(results: Path) -> None:
+    """Read the studies last changed, so that the first look at them is as quick as the next ones."""
+    names = sorted(list_studies(results), key=lambda name: stamp(results, name), reverse=True)
+    for name in names[:_READ_AHEAD]:
+        for page in ("study", "pareto", "depth"):
+            with contextlib.suppress(ValueError, OSError):  # whoever asks for the page is told
+                PAGES[page](load_study(results, name), Query())
 
 
 class _Server(uvicorn.Server):

@@ -29,7 +29,6 @@ class TrialView:
 
     def __init__(self, record: dict[str, Any], store: Store) -> None:
         self._store = store
-        self._estimates: dict[str, Estimate] = {}
         self.id: str = record["id"]
         self.layout: str | None = record["layout"]
         self.controls: tuple[str, ...] = tuple(record["controls"])
@@ -41,6 +40,7 @@ class TrialView:
         self.error: str | None = record["error"]
         self.stages: list[dict[str, Any]] = record["stages"]
         self.collect_key: str | None = record["collect_key"]
+        self._estimates = _estimates(store.root, self.collect_key)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -141,3 +141,9 @@ class TrialView:
 def read_manifest(root: Path, key: str) -> Manifest:
     """Manifests never change, so one that was read stays read."""
     return Store(root).get(key)
+
+
+@lru_cache(maxsize=50_000)
+def _estimates(root: Path, collect_key: str | None) -> dict[str, Estimate]:
+    """Estimates made so far of a collected result, by metric: they outlive the view that asked, since results never change."""
+    return {}
