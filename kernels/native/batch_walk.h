@@ -17,7 +17,7 @@ struct Piece {
 
 // Working memory of a pass over `tokens` tokens of one tree.
 struct PassMemory {
-  float* logits;   // [tokens, levels]
+  float* logits;   // [tokens, stride]
   int32_t* node;   // of each token, when the walk has reached `stop` levels
   int32_t* order;
   int32_t* counts;  // by node of the stop level
@@ -27,15 +27,17 @@ struct PassMemory {
     while (stop + kStepLevels / 2 < levels && (tokens >> (stop + 1)) >= kSubtreeTokens) stop += kStepLevels / 2;
     return stop < 16 ? stop : 16;
   }
+  // floats between the logits of two tokens: whole vectors, so that activations need no copy
+  static int stride(int levels) { return (int)round_up(levels, 16); }
   static size_t bytes(int64_t tokens, int levels) {
     const int64_t buckets = (int64_t(1) << stop_level(tokens, levels)) + 1;
-    return (size_t)(round_up(tokens * levels * 4 + 256, 64) + 2 * round_up(tokens * 4, 64) + round_up(buckets * 4, 64) +
+    return (size_t)(tokens * stride(levels) * 4 + 2 * round_up(tokens * 4, 64) + round_up(buckets * 4, 64) +
                     round_up((buckets + tokens / kTile + 1) * sizeof(Piece), 64));
   }
   PassMemory(void* memory, int64_t tokens, int levels) {
     const int64_t buckets = (int64_t(1) << stop_level(tokens, levels)) + 1;
     char* at = (char*)memory;
-    logits = (float*)at, at += round_up(tokens * levels * 4 + 256, 64);
+    logits = (float*)at, at += tokens * stride(levels) * 4;
     node = (int32_t*)at, at += round_up(tokens * 4, 64);
     order = (int32_t*)at, at += round_up(tokens * 4, 64);
     counts = (int32_t*)at, at += round_up(buckets * 4, 64);
@@ -66,14 +68,13 @@ struct TreePass {
 
   const typename X::type* x_row(int32_t token) const { return (const typename X::type*)call->x + (first + token) * tree.hidden; }
 
-  // Tokens of a piece, with their logits of the `known` levels above it.
-  void fill(Tile<X>& tile, const Piece& piece, int known) const {
+  void fill(Tile<X>& tile, const Piece& piece) const {
     tile.size = piece.end - piece.begin;
     for (int i = 0; i < tile.size; ++i) {
       const int32_t token = memory.order[piece.begin + i];
       tile.token[i] = token;
       tile.x[i] = x_row(token);
-      if (known) memcpy(tile.logits + i * tree.levels, memory.logits + (int64_t)token * tree.levels, known * sizeof(float));
+      tile.logits[i] = memory.logits + (int64_t)token * PassMemory::stride(tree.levels);
     }
   }
 
@@ -87,11 +88,11 @@ struct TreePass {
       Piece piece = piece_at(begin, end), following;
       for (; piece.begin < end; piece = following) {
         following = piece_at(piece.end, end);
-        fill(tile, piece, level);
+        fill(tile, piece);
         Ahead ahead;
         if (following.begin < end) announce(ahead, following, level, next, false);
         descend(tile, tree, piece.node, level, next, ahead);
-        note(tile, level, next);
+        note(tile);
       }
       if (next < stop) sort_chunk(begin, end, next);
       level = next;
@@ -107,16 +108,9 @@ struct TreePass {
     return {node, begin, at};
   }
 
-  // Keeps the nodes and the logits of levels [level, next) of a tile.
-  void note(const Tile<X>& tile, int level, int next) const {
+  void note(const Tile<X>& tile) const {
     for (int g = 0; g < tile.num_groups; ++g)
-      for (int i = tile.groups[g].begin; i < tile.groups[g].end; ++i) {
-        const int local = tile.order[i];
-        const int32_t token = tile.token[local];
-        memory.node[token] = tile.groups[g].node;
-        memcpy(memory.logits + (int64_t)token * tree.levels + level, tile.logits + local * tree.levels + level,
-               (next - level) * sizeof(float));
-      }
+      for (int i = tile.groups[g].begin; i < tile.groups[g].end; ++i) memory.node[tile.token[tile.order[i]]] = tile.groups[g].node;
   }
 
   void sort_chunk(int begin, int end, int level) const {
@@ -164,19 +158,18 @@ struct TreePass {
   void walk_pieces(int64_t lot) const {
     const int begin = (int)(num_pieces * lot / lots), end = (int)(num_pieces * (lot + 1) / lots);
     Tile<X> tile;
-    alignas(64) float hidden[kTile * kMaxLevels + 64];
+    const int stride = PassMemory::stride(tree.levels);
+    alignas(64) float hidden[kTile * 32];
     for (int p = begin; p < end; ++p) {
       const Piece& piece = memory.pieces[p];
-      fill(tile, piece, stop);
+      fill(tile, piece);
       Ahead ahead;
       if (p + 1 < end) announce(ahead, memory.pieces[p + 1], stop, tree.levels, true);
       descend(tile, tree, piece.node, stop, tree.levels, ahead);
-      const int active = tile.size * tree.levels;
-      for (int i = active; i < active + kLanes; ++i) tile.logits[i] = 0;
-      activate(call->layer.activation, tile.logits, hidden, nullptr, active);
+      for (int i = 0; i < tile.size; ++i) activate(call->layer.activation, tile.logits[i], hidden + i * stride, nullptr, stride);
       typename Y::type* rows[kTile];
       for (int i = 0; i < tile.size; ++i) rows[i] = y + tile.token[i] * tree.hidden;
-      combine<kHow, X, Y, W>(tile, tree, hidden, rows, ahead);
+      combine<kHow, X, Y, W>(tile, tree, hidden, stride, rows, ahead);
       if (call->logits) keep(tile);
     }
 #if defined(__AVX512F__)
@@ -190,8 +183,7 @@ struct TreePass {
       for (int i = tile.groups[g].begin; i < tile.groups[g].end; ++i) {
         const int64_t token = first + tile.token[tile.order[i]];
         call->leaves[token * trees + tree_index] = tile.groups[g].node;
-        memcpy(call->logits + (token * trees + tree_index) * tree.levels, tile.logits + tile.order[i] * tree.levels,
-               tree.levels * sizeof(float));
+        memcpy(call->logits + (token * trees + tree_index) * tree.levels, tile.logits[tile.order[i]], tree.levels * sizeof(float));
       }
   }
 

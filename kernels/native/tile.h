@@ -46,7 +46,7 @@ struct Tile {
   int size = 0, num_groups = 0;
   const typename X::type* x[kTile];
   int32_t token[kTile];
-  alignas(64) float logits[kTile * kMaxLevels + 64];  // [size, levels]
+  float* logits[kTile];  // row of each token, as long as its levels
   uint8_t order[kTile], key[kTile];
   Group groups[kTile];
 };
@@ -109,7 +109,7 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, family, tree.hidden, rows, found); });
       for (int t = 0; t < count; ++t) {
         const int token = tile.order[at + t];
-        float* logits = tile.logits + token * tree.levels + level;
+        float* logits = tile.logits[token] + level;
         logits[0] = found[t] + bias[0];
         int key = logits[0] > 0.0f;
         if (kPass == 2) {
@@ -161,9 +161,10 @@ __attribute__((noinline)) void combine_of(const float* const* weights, const typ
   Combine<T, kHow, Y, W>::run(weights, rows, levels, y, hidden, ahead);
 }
 
-// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, levels].
+// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, stride].
 template <Store kHow, class X, class Y, class W>
-void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y::type* const* y, Ahead& ahead) {
+void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, int stride,
+             typename Y::type* const* y, Ahead& ahead) {
 #if defined(__AVX512BF16__)
   constexpr bool kPairs = sizeof(typename Y::type) == 2 && sizeof(typename W::type) == 2 && kHow != kAdd;
   const int pairs = (tree.levels + 1) / 2;
@@ -176,7 +177,7 @@ void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y
         const __mmask16 mask = (__mmask16)((1u << n) - 1);
         // the mask leaves a zero beside the last level of an odd number
         _mm256_mask_storeu_epi16(out + 2 * pairs * i + k, (__mmask16)((1u << (n + n % 2)) - 1),
-                                 (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, hidden + i * tree.levels + k)));
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, hidden + i * stride + k)));
       }
     }
   }
@@ -207,7 +208,7 @@ void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, typename Y
       }
 #endif
       const float* weights[kBlock];
-      for (int t = 0; t < count; ++t) weights[t] = hidden + tile.order[at + t] * tree.levels;
+      for (int t = 0; t < count; ++t) weights[t] = hidden + tile.order[at + t] * stride;
       with_count(count, [&](auto n) { combine_of<n.value, kHow, Y, W>(weights, rows, tree.levels, out, tree.hidden, later); });
     }
   }
