@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH = 1000
+_CHUNK_BYTES = 1 << 20
 
 
 class DatasetsReader:
@@ -23,11 +24,11 @@ class DatasetsReader:
         self._cache = cache
 
     def lines(self, path: Path) -> Iterator[str]:
-        for table in self._stream("text", path, keep_linebreaks=True):
+        for table in self._stream("text", path, keep_linebreaks=True, chunksize=_CHUNK_BYTES):
             yield from table.column("text").to_pylist()
 
     def tables(self, path: Path, columns: list[str] | None) -> Iterator[pa.Table]:
-        yield from self._stream("parquet", path, columns=columns)
+        yield from self._stream("parquet", path, columns=columns, batch_size=_BATCH)
 
     def _stream(self, kind: str, path: Path, **options: Any) -> Iterator[pa.Table]:
         import datasets

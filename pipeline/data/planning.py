@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fffsweep.pipeline.data.directory import corpus_files, task_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, check_obtainable
-from fffsweep.pipeline.data.rows import BadRows, check_columns, parse_rows
-from fffsweep.pipeline.data.tables import DataFile, PlainReader, check_file, columns_of, rows_of
+from fffsweep.pipeline.data.rows import check_columns, check_labels
+from fffsweep.pipeline.data.tables import DataFile, check_file, columns_of, labels_of
 from fffsweep.pipeline.data.wheels import packages_for
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stages.prepare import PrepareConfig
@@ -61,12 +61,12 @@ def fingerprint(config: PrepareConfig) -> str:
 
 
 def _check_task_file(task: Task, file: DataFile) -> None:
-    """Every row of a task file is read: labels out of range must not surface hours later."""
+    """Every label of a task file is read: one out of range must not surface hours later. Texts are left to prepare."""
     check_file(file)
     if file.columns is None and (columns := columns_of(file)) is not None:
         check_columns(task, columns, file.name)
-    if not len(parse_rows(task, rows_of(file, PlainReader()), file.name, BadRows())):
-        raise ValueError(f"{file.name}: no row of task {task.name} can be used; expected at least one with text and label")
+    if not check_labels(task, labels_of(file, task.label_column), file.name):
+        raise ValueError(f"{file.name}: no row of task {task.name} has a label; expected at least one with text and label")
 
 
 def content_hash(path: Path) -> str:

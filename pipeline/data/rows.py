@@ -155,9 +155,22 @@ def _fault(task: Task, texts: tuple[Any, ...], label: Any) -> str | None:
             return f"{column} holds half a surrogate pair"
         if not normalise(text):
             return f"{column} is empty"
-    if label is None or (isinstance(label, str) and label.strip() in ("", "-")) or (isinstance(label, float) and math.isnan(label)):
-        return f"{task.label_column} is missing"
-    return None
+    return f"{task.label_column} is missing" if _is_missing(label) else None
+
+
+def _is_missing(label: Any) -> bool:
+    """A dash is how MNLI marks rows whose annotators did not agree."""
+    return label is None or (isinstance(label, str) and label.strip() in ("", "-")) or (isinstance(label, float) and math.isnan(label))
+
+
+def check_labels(task: Task, labels: Iterable[tuple[int, Any]], file: str) -> int:
+    """Raise ValueError at the first label, given with its row, that is not the task's; how many labels there are."""
+    count = 0
+    for row, label in labels:
+        if not _is_missing(label):
+            parse_label(task, label, file, row)
+            count += 1
+    return count
 
 
 def hold_out(rows: TaskRows, share: float, seed: int) -> tuple[TaskRows, TaskRows]:

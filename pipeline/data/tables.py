@@ -105,6 +105,18 @@ def rows_of(file: DataFile, reader: Reader) -> Iterator[Row]:
             yield number, {**row, **renamed}
 
 
+def labels_of(file: DataFile, column: str) -> Iterator[tuple[int, Any]]:
+    """Numbered values of one column; rows that cannot be read are passed over. Reads plainly, for planning."""
+    if file.kind == "parquet" and file.columns is None:
+        number = 0
+        for table in PlainReader().tables(file.path, [column]):
+            for value in table.column(column).to_pylist():
+                number += 1
+                yield number, value
+    else:
+        yield from ((number, row.get(column)) for number, row in rows_of(file, PlainReader()) if not isinstance(row, BadRow))
+
+
 def documents_of(file: DataFile, reader: Reader, column: str) -> Iterator[tuple[int, str | BadRow]]:
     """Numbered documents: one a row, or one a paragraph of a text file (paragraphs end at a blank line)."""
     if file.kind == "text":
@@ -143,7 +155,7 @@ def _raw_rows(file: DataFile, reader: Reader) -> Iterator[Row]:
 
 def _json_row(line: str) -> Mapping[str, Any] | BadRow:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip("\n"))
     except json.JSONDecodeError as error:
         return BadRow(f"no JSON: {error.msg} at column {error.colno}")
     except RecursionError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MOST_CHARACTERS = 1000
 _MOST_KNOWN = 500_000
+_ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
 _END = ""  # no word is empty, so it can stand for the end of a text
 
 Ids = NDArray[np.unsignedinteger[Any]]
@@ -96,7 +98,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) -> 
 
 
 class Encoder:
-    """Token ids of text, without special tokens; the same ids as the tokenizer gives, many times faster.
+    """Token ids of normalised text, without special tokens; the same ids as the tokenizer gives, many times faster.
 
     BERT's normaliser and pre-tokeniser never look across white space, so each space-separated word is tokenised once and its ids
     are kept in a table. Text that looks like a special token is text. cls, sep: ids of these tokens; vocabulary_size: number of ids.
@@ -107,6 +109,7 @@ class Encoder:
 
         self._tokenizer = Copy.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
+        self._lowercase = bool(tokenizer.normalizer.lowercase)
         ids = tokenizer.get_vocab()
         self.cls, self.sep, self.vocabulary_size = ids["[CLS]"], ids["[SEP]"], len(ids)
         self._numbers: dict[str, int] = {}
@@ -140,17 +143,28 @@ class Encoder:
         if not words:
             return
         new = list(words)
+        parts = [self._parts(word) for word in new]
+        unknown = list(set(chain.from_iterable(parts)) - self._pieces.keys())
         with single_threaded():
-            found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(new, add_special_tokens=False)]
+            encodings = self._tokenizer.encode_batch_fast(unknown, add_special_tokens=False)
+        self._pieces.update((part, encoding.ids) for part, encoding in zip(unknown, encodings, strict=True))
+        found = [[each for part in of_word for each in self._pieces[part]] for of_word in parts]
         self._numbers.update(zip(new, range(len(self._numbers), len(self._numbers) + len(new)), strict=True))
         lengths = np.array([len(ids) for ids in found], dtype=np.int64)
         self._starts = np.concatenate([self._starts, len(self._table) + np.cumsum(lengths) - lengths])
         self._lengths = np.concatenate([self._lengths, lengths])
         self._table = np.concatenate([self._table, np.fromiter(chain.from_iterable(found), dtype=self._table.dtype)])
 
+    def _parts(self, word: str) -> list[str]:
+        """What BERT's pre-tokeniser makes of a plain word, so that `film,` and `Film` share their ids; any other word is left whole."""
+        if not (word.isascii() and word.isprintable()):
+            return [word]
+        return _ASCII_PARTS.findall(word.lower() if self._lowercase else word)
+
     def _forget(self) -> None:
         """An empty table: it must not grow with the corpus."""
         self._numbers = {_END: 0}
+        self._pieces: dict[str, list[int]] = {}
         self._starts, self._lengths = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
         self._table = np.array([self.sep], dtype=self._table.dtype)
 

@@ -1,0 +1,98 @@
+"""Genuine GLUE and a genuine corpus through source `directory`; and a corpus several times larger than what memory is allowed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fffsweep.pipeline.data import check
+from fffsweep.pipeline.data.planning import fingerprint
+from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.stage import StageContext, get_stage
+from fffsweep.pipeline.stages.prepare import PrepareConfig
+from fffsweep.pipeline.tasks import GLUE_TASKS
+
+DATA = Path(os.environ.get("FFFSWEEP_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+ROWS = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277), "wnli": (635, 71)}
+
+
+def genuine(**changes):
+    return PrepareConfig.model_validate({"source": "directory", "path": str(DATA), "tasks": list(GLUE_TASKS), **changes})
+
+
+@pytest.mark.shared_data
+def test_all_of_glue_passes_planning():
+    check(genuine(vocabulary_file=str(DATA / "vocab" / "vocab.txt")))
+    assert fingerprint(genuine()) != fingerprint(genuine(corpus=["corpus/train-00000*"]))
+
+
+@pytest.mark.shared_data
+@pytest.mark.slow
+def test_genuine_tasks_and_text_are_prepared(tmp_path):
+    (tmp_path / "output").mkdir()
+    context = StageContext(seed=0, inputs={}, input_metrics={}, output=tmp_path / "output", work=tmp_path / "work")
+    settings = genuine(
+        tasks=list(ROWS),
+        corpus=["corpus/train-00003*", "corpus/validation*"],
+        max_corpus_bytes="2M",
+        vocabulary_file=str(DATA / "vocab" / "vocab.txt"),
+    )
+    metrics = get_stage("prepare").run(settings, context)
+    data = PreparedData(context.output)
+    for name, (num_train, num_validation) in ROWS.items():
+        splits = data.task(name).splits
+        assert len(splits["train"]) + len(splits["selection"]) == num_train
+        assert len(splits["validation"]) == num_validation
+        assert len(splits["selection"]) == pytest.approx(num_train / 10, rel=0.05)
+        assert all(ids[0] == 101 and ids[-1] == 102 and len(ids) <= 128 for ids in splits["validation"].input_ids)
+    assert metrics["data/bad_rows"] == 0
+    assert metrics["data/vocabulary_size"] == 30522
+    assert data.description()["corpus"]["documents_read"] == 16_218 + 685
+    assert data.tokenizer().decode(data.task("rte").splits["validation"].input_ids[0]).startswith("[CLS] dana reeve")
+
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+from fffsweep.pipeline.stage import StageContext, get_stage
+from fffsweep.pipeline.stages.prepare import PrepareConfig
+root = Path(sys.argv[1])
+config = PrepareConfig(source="directory", path=str(root), vocabulary_size=2048)
+(root / "output").mkdir()
+context = StageContext(seed=0, inputs={}, input_metrics={}, output=root / "output", work=root / "work")
+metrics = get_stage("prepare").run(config, context)
+# not getrusage: its peak includes the parent's, inherited through the fork
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps({"rss": peak, **metrics}))
+"""
+
+
+def generate(folder, num_bytes):
+    """Text of a fixed vocabulary, no document twice."""
+    import random
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    (folder / "corpus").mkdir(parents=True)
+    with (folder / "corpus" / "text.txt").open("w") as file:
+        while num_bytes > 0:
+            num_bytes -= file.write(" ".join(rng.choices(words, k=300)) + "\n\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Ids of the larger corpus alone take more than the growth that is allowed, its text four times that."""
+
+    sizes, figures = (8_000_000, 72_000_000), []
+    for size in sizes:
+        folder = generate(tmp_path / str(size), size)
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
+        figures.append(json.loads(done.stdout.splitlines()[-1]))
+    grown = figures[1]["rss"] - figures[0]["rss"]
+    ids = 2 * (figures[1]["data/train_tokens"] - figures[0]["data/train_tokens"])
+    assert ids > 16_000_000
+    assert grown < 16_000_000
