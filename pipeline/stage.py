@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -99,12 +100,17 @@ class StageRun:
     fingerprints: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """40 hexadecimal digits of SHA-256 over everything above, `identity` in the place of `config`."""
-        hashed = asdict(self)
-        config, identity = hashed.pop("config"), hashed.pop("identity")
-        hashed["config"] = config if identity is None else identity
+        hashed = {
+            "stage": self.stage,
+            "version": self.version,
+            "config": self.config if self.identity is None else self.identity,
+            "seed": self.seed,
+            "inputs": self.inputs,
+            "fingerprints": self.fingerprints,
+        }
         return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()[:40]
 
 
