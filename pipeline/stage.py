@@ -64,7 +64,7 @@ class Stage(Protocol):
     """One kind of work. Modules of stages import light: whatever needs torch or transformers is imported inside `run`.
 
     name, version: part of the key; raise `version` whenever the same inputs would give another result.
-    sources: further files, relative to `pipeline/` or `kernels/`, whose change can change the result; a test watches them.
+    sources: further files, from the checkout's top, globs allowed, whose change can change the result; a test watches them.
     """
 
     name: ClassVar[str]
