@@ -65,11 +65,18 @@ class BuildNative(build_ext):
         objects = []
         for name, flags in flags_of_sources().items():
             objects += self._compile(name, [*COMMON_FLAGS, *flags], [])
-        objects += self._compile("operator.cpp", [*COMMON_FLAGS, abi, "-Wno-unknown-pragmas"], include_paths())
+        # torch's parallel_for is a header: without OpenMP in this compilation it would run on one thread
+        openmp = ["-fopenmp"] if "OpenMP" in torch.__config__.parallel_info().split("backend:")[-1] and sys.platform == "linux" else []
+        objects += self._compile("operator.cpp", [*COMMON_FLAGS, abi, "-Wno-unknown-pragmas", *openmp], include_paths())
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, str(target), libraries=["torch_cpu", "torch", "c10"], library_dirs=library_paths(), target_lang="c++"
+            objects,
+            str(target),
+            libraries=["torch_cpu", "torch", "c10"],
+            library_dirs=library_paths(),
+            extra_postargs=openmp,
+            target_lang="c++",
         )
 
     def _compile(self, name: str, flags: list[str], include_dirs: list[str]) -> list[str]:
