@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
 from fffsweep.pipeline.data.directory import corpus_files, task_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, check_obtainable
 from fffsweep.pipeline.data.rows import check_columns, check_labels
-from fffsweep.pipeline.data.tables import DataFile, check_file, columns_of, labels_of
+from fffsweep.pipeline.data.tables import DataFile, check_file, columns_of, content_hash, labels_of
 from fffsweep.pipeline.data.wheels import packages_for
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stages.prepare import PrepareConfig
@@ -67,15 +66,3 @@ def _check_task_file(task: Task, file: DataFile) -> None:
         check_columns(task, columns, file.name)
     if not check_labels(task, labels_of(file, task.label_column), file.name):
         raise ValueError(f"{file.name}: no row of task {task.name} has a label; expected at least one with text and label")
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, remembered in this process while size and time of change stay."""
-    state = path.stat()
-    return _sha256_of(str(path), state.st_size, state.st_mtime_ns)
-
-
-@functools.cache
-def _sha256_of(path: str, _size: int, _mtime_ns: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fffsweep.pipeline.data.directory import corpus_files, task_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, fetch_wheels
 from fffsweep.pipeline.data.loading import DatasetsReader, Hub
-from fffsweep.pipeline.data.planning import content_hash
 from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, parse_rows
-from fffsweep.pipeline.data.tables import DataFile, Reader, documents_of, rows_of
+from fffsweep.pipeline.data.tables import DataFile, Reader, content_hash, documents_of, rows_of
 from fffsweep.pipeline.data.wheels import Wheels, packages_for, texts_of
 from fffsweep.pipeline.tasks import Task
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +81,18 @@ def check_file(file: DataFile) -> None:
             _check_utf8(stream, file.name)
     except OSError as error:
         raise ValueError(f"{file.name}: {error.strerror or error}; expected a file that can be read") from None
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, remembered in this process while size and time of change stay."""
+    state = path.stat()
+    return _sha256_of(str(path), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of(path: str, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def columns_of(file: DataFile) -> list[str] | None:
@@ -230,8 +245,6 @@ def _parquet_columns(file: DataFile) -> list[str]:
 
 
 def _check_utf8(stream: Any, name: str) -> None:
-    import codecs
-
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_lines = 1
     while True:

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +125,12 @@ class Encoder:
         if separated:
             for each in words:
                 each.append(_END)
-        self._learn(set(chain.from_iterable(words)) - self._numbers.keys())
         counts = np.array([len(each) for each in words], dtype=np.int64)
-        numbers = np.fromiter(map(self._numbers.__getitem__, chain.from_iterable(words)), dtype=np.int64, count=int(counts.sum()))
+        flat = list(chain.from_iterable(words))
+        numbers = np.fromiter(map(self._numbers.get, flat, repeat(-1)), dtype=np.int64, count=len(flat))
+        unknown = np.flatnonzero(numbers < 0)
+        self._learn(list(dict.fromkeys(flat[at] for at in unknown)))
+        numbers[unknown] = [self._numbers[flat[at]] for at in unknown]
         ends = np.cumsum(self._lengths[numbers])
         before = np.concatenate([[0], ends])
         shift = np.repeat(self._starts[numbers] - before[:-1], self._lengths[numbers])
@@ -138,13 +141,12 @@ class Encoder:
         ids, lengths = self.encode(texts)
         return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
-    def _learn(self, words: set[str]) -> None:
+    def _learn(self, new: list[str]) -> None:
         """Append words to the table."""
-        if not words:
+        if not new:
             return
-        new = list(words)
         parts = [self._parts(word) for word in new]
-        unknown = list(set(chain.from_iterable(parts)) - self._pieces.keys())
+        unknown = [part for part in set(chain.from_iterable(parts)) if part not in self._pieces]
         with single_threaded():
             encodings = self._tokenizer.encode_batch_fast(unknown, add_special_tokens=False)
         self._pieces.update((part, encoding.ids) for part, encoding in zip(unknown, encodings, strict=True))

@@ -179,6 +179,7 @@ class Prepare:
         "pipeline/data/fetch.py",
         "pipeline/data/loading.py",
         "pipeline/data/packing.py",
+        "pipeline/data/planning.py",
         "pipeline/data/preparation.py",
         "pipeline/data/rows.py",
         "pipeline/data/sources.py",
