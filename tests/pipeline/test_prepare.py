@@ -138,17 +138,24 @@ def test_a_second_run_is_equal_bit_for_bit_and_the_seed_moves_the_selection_alon
 
 
 def test_the_key_follows_content_not_names_of_folders(folder, tmp_path):
-    fingerprint = get_stage("prepare").fingerprints
-    before = fingerprint(config(folder))
+    def key(where, **changes):
+        return stage_run("prepare", config(where, **changes)).key
+
+    before = key(folder)
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    assert fingerprint(config(moved)) == before
-    with (moved / "corpus" / "a.jsonl").open("a") as file:
-        file.write("\n")
-    assert fingerprint(config(moved)) != before
-    one = shutil.copytree(folder, tmp_path / "one")
-    write_rows(one / "mine" / "validation.jsonl", [{"said": "ba ka", "mood": 0}])
-    assert fingerprint(config(one)) != before
-    assert stage_run("prepare", config(folder)).key == stage_run("prepare", config(folder)).key
+    assert key(moved) == before
+    assert key(moved, lowercase=False) != before
+    for number, (name, content) in enumerate(
+        [("corpus/a.jsonl", '{"text": "one more"}\n'), ("mine/validation.jsonl", '{"said": "ba ka", "mood": 0}\n'), ("corpus/b.txt", "")]
+    ):
+        changed = shutil.copytree(folder, tmp_path / str(number))
+        with (changed / name).open("a") as file:
+            file.write(content)
+        assert key(changed) != before
+    for number, word in enumerate(("one", "two")):
+        vocabulary = tmp_path / f"{number}.txt"
+        vocabulary.write_text(word)
+        assert key(folder, vocabulary_file=str(vocabulary)) not in (before, key(folder, vocabulary_file=str(folder / "corpus/README.md")))
 
 
 def test_a_limit_draws_by_content_whatever_the_order(folder, tmp_path):
