@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MOST_CHARACTERS = 1000
-_MOST_KNOWN = 500_000
+_MOST_KNOWN = 1_000_000
 _ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
 _END = ""  # no word is empty, so it can stand for the end of a text
 
