@@ -33,8 +33,9 @@ help:
 sweep: setup
 	@$(BIN)/fffsweep run $(CONFIG)
 
+# Two processes; a module stays in one of them, with what its tests share.
 test: setup-dev data
-	@$(BIN)/pytest -m "$(UNIT)" $(PYTEST_ARGS)
+	@$(BIN)/pytest -m "$(UNIT)" --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check .

@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The one sweep end to end is the longest module: begun first, it does not run alone at the end of a distributed session.
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
     if not SHARED_DATA.is_dir():
         absent = pytest.mark.skip(reason=f"no shared data at {SHARED_DATA}; FFFSWEEP_SHARED_DATA names another folder")
         for item in items:
