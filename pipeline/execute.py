@@ -63,7 +63,7 @@ def execute(
             stop_requested=stop_requested,
         )
         context.work.mkdir(exist_ok=True)
-        with _torch_threads(threads):
+        with _torch_threads(threads), _naming_absent(upstream.values()):
             metrics = _finite(stage.run(config, context), run.stage)
         duration_s = time.monotonic() - start
         manifest = store.publish(run, metrics, output, where, started_at, duration_s)
@@ -108,6 +108,19 @@ def _torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _naming_absent(upstream: Iterable[Manifest]) -> Iterator[None]:
+    """Say which input has no bytes here if a file cannot be found."""
+    absent = [f"{name!r} of {m.run.stage} {m.key}" for m in upstream for name, artifact in m.artifacts.items() if artifact.absent]
+    try:
+        yield
+    except OSError as error:
+        if not absent:
+            raise
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise RuntimeError(f"left behind where they were made: {', '.join(absent[:3])}{more}; import them with their weights") from error
 
 
 def _finite(metrics: Mapping[str, float], stage: str) -> Metrics:

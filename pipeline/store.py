@@ -33,12 +33,17 @@ class DamagedArtifact(RuntimeError):
         return self.message
 
 
+class AbsentArtifact(DamagedArtifact):
+    """An artifact's bytes were left behind on purpose when its result was brought here from elsewhere."""
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """One file of a result."""
+    """One file of a result. absent: its bytes were left behind where it was made."""
 
     sha256: str
     num_bytes: int
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` reads it back."""
-        return asdict(self)
+        plain = asdict(self)
+        for artifact in plain["artifacts"].values():
+            if not artifact["absent"]:
+                del artifact["absent"]
+        return plain
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
@@ -103,8 +112,13 @@ class Store:
             yield path.stem
 
     def read(self, manifest: Manifest, name: str) -> Path:
-        """Path of an artifact's bytes, checksum verified. Raises DamagedArtifact."""
+        """Path of an artifact's bytes, checksum verified. Raises DamagedArtifact, AbsentArtifact if they were left behind elsewhere."""
         artifact = manifest.artifacts[name]
+        if artifact.absent:
+            raise AbsentArtifact(
+                f"artifact {name!r} of {manifest.run.stage} {manifest.key} was left behind where it was made; import it with its weights",
+                manifest.key,
+            )
         path = self.object_path(artifact.sha256)
         if not path.exists() or _sha256(path) != artifact.sha256:
             state = "damaged" if path.exists() else "missing"
@@ -112,10 +126,13 @@ class Store:
         return path
 
     def checkout(self, key: str, folder: Path) -> Path:
-        """Give the artifacts of `key` their names again, as links below `folder`, checksums verified. Raises DamagedArtifact."""
+        """Give the artifacts of `key` their names again, as links below `folder`, checksums verified; absent ones get none.
+
+        Raises DamagedArtifact.
+        """
         manifest = self.get(key)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in manifest.artifacts:
+        for name in (name for name, artifact in manifest.artifacts.items() if not artifact.absent):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)

@@ -6,163 +6,324 @@ Written by one process, the driver, from manifests alone; whatever is missing ca
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # whoever writes here tries again by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
-from mlflow.entities import Metric, Param, Run
+import sqlalchemy
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from mlflow.tracking import MlflowClient
 
-from fffsweep.pipeline.execute import read_curve
-from fffsweep.pipeline.settings import canonical_json
-from fffsweep.pipeline.store import Manifest, Store
+from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Point, Status, TrackedRun
 
-_BATCH = 1000  # metrics that one log_batch call may hold
-_PARAM_LENGTH = 6000
-_TRIAL, _LABEL, _KEY = "fffsweep.trial", "fffsweep.label", "fffsweep.key"
+_PARENT, _NAME = "mlflow.parentRunId", "mlflow.runName"
+_BATCH, _PARAMS = 1000, 100  # metrics and params that one log_batch call may hold
+_LARGEST = 1.7976931348623157e308  # what MLflow writes for infinity
+
+
+@dataclass(frozen=True)
+class Known:
+    """A run that is there."""
+
+    run_id: str
+    trial: str
+    label: str | None
+    key: str
+    status: str
 
 
 class Tracker:
-    """One sweep's experiment. Every method may be called again with the same arguments: what is there already is left as it is."""
+    """One sweep's experiment. Writing a run again changes nothing: what is there already is left as it is."""
 
-    def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None, tags: Mapping[str, str] | None = None) -> None:
+    def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None) -> None:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(experiment)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
         location = (artifact_root / experiment).resolve().as_uri() if artifact_root else None
-        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, location, dict(tags or {}))
-        self._trials: dict[str, Run] = {}
-        self._stages: dict[tuple[str, str, str], str] = {}
-        for run in self._all_runs():
-            trial, label = run.data.tags.get(_TRIAL, ""), run.data.tags.get(_LABEL)
-            if label is None:
-                self._trials[trial] = run
+        identity = found.experiment_id if found else client.create_experiment(experiment, location)
+        store = client._tracking_client.store
+        self._runs: _Runs = _Database(store, identity) if hasattr(store, "ManagedSessionMaker") else _Server(client, identity)
+        self._trials: dict[str, Known] = {}
+        self._stages: dict[tuple[str, str, str], Known] = {}
+        self._is_current = False
+        self._read()
+
+    def write(self, runs: Iterable[TrackedRun]) -> None:
+        """Write runs, a trial's own before its children; many at once are much cheaper than one by one.
+
+        If it raises, some of them may have been written: writing all of them again is right.
+        """
+        if not self._is_current:
+            self._read()
+        self._is_current = False
+        fresh: dict[str, tuple[TrackedRun, str | None]] = {}
+        changed: dict[str, TrackedRun] = {}
+        for run in runs:
+            known = self._known(run)
+            if known is not None and known.status == run.status and (known.key == run.key or run.status == "RUNNING"):
+                continue
+            if known is None or (run.label is not None and known.status in ("FAILED", "KILLED") and known.run_id not in fresh):
+                run_id = uuid.uuid4().hex
+                fresh[run_id] = run, None if run.label is None else self._trials[run.trial].run_id
+            elif known.run_id in fresh:
+                run_id, before, parent = known.run_id, *fresh[known.run_id]
+                fresh[run_id] = _merged(before, run), parent
+            elif run.label is None and run.status == "RUNNING" and known.status == "FINISHED":
+                continue  # it stays as it is until its trial has new values
             else:
-                self._stages[trial, label, run.data.tags.get(_KEY, "")] = run.info.status
-
-    def start_trial(self, trial: str, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the parent run of a trial, with its whole resolved config."""
-        if trial in self._trials:
-            return
-        run = self._client.create_run(self._experiment, tags={_TRIAL: trial, **tags}, run_name=trial)
-        self._trials[trial] = run
-        self._log(run.info.run_id, params=dict(_flatten(config)))
-        self._client.log_dict(run.info.run_id, dict(config), "config.json")
-
-    def log_stage(self, trial: str, label: str, manifest: Manifest, store: Store) -> None:
-        """Child run of a finished stage run: config, metrics, curve, and everything that tells where it came from."""
-        if self._stages.get((trial, label, manifest.key)) == "FINISHED":
-            return
-        started_ms = int(manifest.started_at * 1000)
-        where = manifest.provenance
-        tags = {
-            "seed": str(manifest.run.seed),
-            "commit": str(where.get("commit")),
-            "dirty": str(where.get("dirty")),
-            "versions": canonical_json(where.get("versions", {})),
-            "device": str(where.get("device")),
-            "machine": canonical_json(where.get("machine", {})),
-            "data": str(where.get("data")),
-        }
-        run_id = self._child(trial, label, manifest.key, tags, started_ms)
-        curve = read_curve(store.read(manifest, "curve.jsonl")) if "curve.jsonl" in manifest.artifacts else []
-        metrics = [Metric(name, value, started_ms, 0) for name, value in manifest.metrics.items()]
-        for row in curve:
-            step = int(row["step"])
-            metrics += [
-                Metric(f"curve/{name}", value, started_ms, step) for name, value in row.items() if name != "step" and value is not None
-            ]
-        self._log(run_id, dict(_flatten(manifest.run.config)), metrics)
-        self._client.log_dict(run_id, manifest.to_json(), "manifest.json")
-        self._client.set_terminated(run_id, "FINISHED", started_ms + int(manifest.duration_s * 1000))
-        self._stages[trial, label, manifest.key] = "FINISHED"
-
-    def log_failure(self, trial: str, label: str, key: str, message: str) -> None:
-        """Child run of a stage run that failed for good, with the reason."""
-        run_id = self._child(trial, label, key, {"error": message[-5000:]}, None)
-        self._client.set_terminated(run_id, "FAILED")
-
-    def finish_trial(self, trial: str, metrics: Mapping[str, float], key: str) -> None:
-        """Close a trial's parent run with the values it amounts to; `key` is the key of the result that holds them."""
-        run = self._trials[trial]
-        if run.info.status == "FINISHED" and run.data.tags.get(_KEY) == key:
-            return
-        now_ms = int(time.time() * 1000)
-        self._log(run.info.run_id, metrics=[Metric(name, value, now_ms, 0) for name, value in metrics.items()])
-        self._client.set_tag(run.info.run_id, _KEY, key)
-        self._end(trial, "FINISHED")
-
-    def fail_trial(self, trial: str) -> None:
-        """Close the parent run of a trial that cannot be finished."""
-        self._end(trial, "FAILED")
+                run_id = known.run_id
+                changed[run_id] = _merged(changed[run_id], run) if run_id in changed else run
+            self._remember(Known(run_id, run.trial, run.label, run.key or (known.key if known else ""), run.status))
+        given = self._runs.insert(fresh)
+        self._runs.update(changed)
+        for run_id, (run, _) in fresh.items():
+            self._remember(Known(given[run_id], run.trial, run.label, run.key, run.status))
+        self._is_current = True
 
     def close(self) -> None:
-        """Leave no run RUNNING: parents that are still open are marked KILLED; a resumed sweep finishes them."""
-        for run in self._trials.values():
-            if self._client.get_run(run.info.run_id).info.status == "RUNNING":
-                self._client.set_terminated(run.info.run_id, "KILLED")
+        """Leave no run RUNNING: those that are still open are marked KILLED; a resumed sweep finishes them."""
+        self._kill(run for run in (*self._trials.values(), *self._stages.values()) if run.status == "RUNNING")
 
     def audit(self, expected: Mapping[tuple[str, str], str], store: Store, repair: bool = False) -> list[str]:
         """What MLflow holds otherwise than it should, a line each, given the key of every (trial, label) that is finished.
 
         With `repair`, runs that no result backs are deleted and runs left RUNNING are marked KILLED; what is missing is for
-        `log_stage` to write.
+        `write`.
         """
-        problems, seen = [], set()
-        for run in self._all_runs():
-            trial, label, key = (run.data.tags.get(tag) for tag in (_TRIAL, _LABEL, _KEY))
-            if run.info.status == "RUNNING":
-                problems.append(f"MLflow run {run.info.run_name} of {trial} is left RUNNING")
-                if repair:
-                    self._client.set_terminated(run.info.run_id, "KILLED")
-            if label is None or run.info.status != "FINISHED":
+        problems, open_runs, unbacked = [], [], []
+        seen: set[tuple[str, str]] = set()
+        for run in list(self._runs.all()):
+            if run.status == "RUNNING":
+                problems.append(f"MLflow run {run.label or run.trial} of {run.trial} is left RUNNING")
+                open_runs.append(run)
+            if run.label is None or run.status != "FINISHED":
                 continue
-            if expected.get((str(trial), label)) != key and store.has(str(key)):
+            place = run.trial, run.label
+            if expected.get(place) != run.key and store.has(run.key):
                 continue  # of an earlier, smaller extent of the study
-            if expected.get((str(trial), label)) != key or (trial, label) in seen:
-                problems.append(f"MLflow run {label} of {trial} has no result of its own")
-                if repair:
-                    self._client.delete_run(run.info.run_id)
+            if expected.get(place) != run.key or place in seen:
+                problems.append(f"MLflow run {run.label} of {run.trial} has no result of its own")
+                unbacked.append(run)
             else:
-                seen.add((trial, label))
+                seen.add(place)
+        if repair:
+            self._kill(open_runs)
+            self._runs.delete([run.run_id for run in unbacked])
+            self._read()
         return problems + [f"MLflow has no run {label} of {trial}" for trial, label in expected if (trial, label) not in seen]
 
-    def _end(self, trial: str, status: str) -> None:
-        run_id = self._trials[trial].info.run_id
-        self._client.set_terminated(run_id, status)
-        self._trials[trial] = self._client.get_run(run_id)
+    def _kill(self, runs: Iterable[Known]) -> None:
+        now_ms = int(time.time() * 1000)
+        killed = {run.run_id: (run, TrackedRun(run.trial, run.label, run.key, "KILLED", now_ms, now_ms)) for run in runs}
+        self._runs.update({run_id: after for run_id, (_, after) in killed.items()})
+        for run, after in killed.values():
+            self._remember(Known(run.run_id, run.trial, run.label, run.key, after.status))
 
-    def _child(self, trial: str, label: str, key: str, tags: Mapping[str, str], started_ms: int | None) -> str:
-        parent = self._trials[trial].info.run_id
-        named = {"mlflow.parentRunId": parent, _TRIAL: trial, _LABEL: label, _KEY: key, **tags}
-        run_id: str = self._client.create_run(self._experiment, started_ms, named, label).info.run_id
-        return run_id
+    def _known(self, run: TrackedRun) -> Known | None:
+        if run.label is None:
+            return self._trials.get(run.trial)
+        return self._stages.get((run.trial, run.label, run.key))
 
-    def _log(self, run_id: str, params: Mapping[str, str] | None = None, metrics: list[Metric] | None = None) -> None:
-        entries = [Param(name, value[:_PARAM_LENGTH]) for name, value in (params or {}).items()]
-        for start in range(0, len(entries), 100):
-            self._client.log_batch(run_id, params=entries[start : start + 100])
-        for start in range(0, len(metrics or []), _BATCH):
-            self._client.log_batch(run_id, metrics=(metrics or [])[start : start + _BATCH])
+    def _remember(self, run: Known) -> None:
+        if run.label is None:
+            self._trials[run.trial] = run
+        else:
+            self._stages[run.trial, run.label, run.key] = run
 
-    def _all_runs(self) -> Iterator[Run]:
+    def _read(self) -> None:
+        """Read what is there. Of several runs of one stage run a finished one counts."""
+        self._trials, self._stages = {}, {}
+        for run in sorted(self._runs.all(), key=lambda run: run.status == "FINISHED"):
+            self._remember(run)
+        self._is_current = True
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether MLflow will never take what it was given, however often it is tried."""
+    return isinstance(error, MlflowException) and error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
+
+
+class _Runs(Protocol):
+    """The runs of one experiment, wherever they are kept."""
+
+    def all(self) -> Iterator[Known]: ...
+    def insert(self, runs: Mapping[str, tuple[TrackedRun, str | None]]) -> dict[str, str]:
+        """New runs by a proposed run id, each with its parent's. Returns the ids that they got."""
+        ...
+
+    def update(self, runs: Mapping[str, TrackedRun]) -> None:
+        """Replace status, end, tags and metrics."""
+        ...
+
+    def delete(self, run_ids: Sequence[str]) -> None: ...
+
+
+class _Database:
+    """MLflow's own tables, written many rows a statement: its calls for one run cost several commits and 20 times the time."""
+
+    def __init__(self, store: Any, experiment: str) -> None:
+        self._store, self._experiment = store, experiment
+        self._root = store.get_experiment(experiment).artifact_location
+
+    def all(self) -> Iterator[Known]:
+        columns = [
+            sqlalchemy.select(SqlTag.value).where(SqlTag.run_uuid == SqlRun.run_uuid, SqlTag.key == tag).scalar_subquery()
+            for tag in (TRIAL, LABEL, KEY)
+        ]
+        query = sqlalchemy.select(SqlRun.run_uuid, SqlRun.status, *columns).where(
+            SqlRun.experiment_id == int(self._experiment), SqlRun.lifecycle_stage == "active"
+        )
+        with self._store.ManagedSessionMaker() as session:
+            found = session.execute(query).all()
+        for run_id, status, trial, label, key in found:
+            yield Known(run_id, trial or "", label, key or "", status)
+
+    def insert(self, runs: Mapping[str, tuple[TrackedRun, str | None]]) -> dict[str, str]:
+        if not runs:
+            return {}
+        rows: list[dict[str, Any]] = []
+        tags: list[dict[str, Any]] = []
+        params: list[dict[str, Any]] = []
+        for run_id, (run, parent) in runs.items():
+            rows.append(
+                {
+                    "run_uuid": run_id,
+                    "name": run.name,
+                    "source_type": "UNKNOWN",
+                    "source_name": "",
+                    "entry_point_name": "",
+                    "source_version": "",
+                    "user_id": "unknown",
+                    "status": run.status,
+                    "start_time": run.started_ms,
+                    "end_time": run.ended_ms,
+                    "lifecycle_stage": "active",
+                    "artifact_uri": f"{self._root}/{run_id}/artifacts",
+                    "experiment_id": int(self._experiment),
+                }
+            )
+            named = {_NAME: run.name, **({} if parent is None else {_PARENT: parent}), **run.all_tags}
+            tags += [{"run_uuid": run_id, "key": name, "value": value} for name, value in named.items()]
+            params += [{"run_uuid": run_id, "key": name, "value": value} for name, value in run.params.items()]
+        with self._store.ManagedSessionMaker(read_only=False) as session:
+            _add(session, SqlRun, rows)
+            _add(session, SqlTag, tags)
+            _add(session, SqlParam, params)
+            _add_points(session, {run_id: run.metrics for run_id, (run, _) in runs.items()})
+        return {run_id: run_id for run_id in runs}
+
+    def update(self, runs: Mapping[str, TrackedRun]) -> None:
+        if not runs:
+            return
+        with self._store.ManagedSessionMaker(read_only=False) as session:
+            for run_id, run in runs.items():
+                change = sqlalchemy.update(SqlRun).where(SqlRun.run_uuid == run_id).values(status=run.status, end_time=run.ended_ms)
+                session.execute(change, execution_options={"synchronize_session": False})
+                tags = run.tags if not run.key else {KEY: run.key, **run.tags}
+                for table, entries in ((SqlTag, tags), (SqlParam, run.params)):
+                    _drop(session, table, run_id, list(entries))
+                    _add(session, table, [{"run_uuid": run_id, "key": name, "value": value} for name, value in entries.items()])
+                _drop(session, SqlLatestMetric, run_id, [point.name for point in run.metrics])
+            _add_points(session, {run_id: run.metrics for run_id, run in runs.items()})
+
+    def delete(self, run_ids: Sequence[str]) -> None:
+        for run_id in run_ids:
+            self._store.delete_run(run_id)
+
+
+class _Server:
+    """An MLflow server, by its public calls: three for a run."""
+
+    def __init__(self, client: MlflowClient, experiment: str) -> None:
+        self._client, self._experiment = client, experiment
+
+    def all(self) -> Iterator[Known]:
         token = None
         while True:
             page = self._client.search_runs([self._experiment], max_results=_BATCH, page_token=token)
-            yield from page
+            for run in page:
+                tags = run.data.tags
+                yield Known(run.info.run_id, tags.get(TRIAL, ""), tags.get(LABEL), tags.get(KEY, ""), run.info.status)
             token = page.token
             if not token:
                 return
 
+    def insert(self, runs: Mapping[str, tuple[TrackedRun, str | None]]) -> dict[str, str]:
+        given: dict[str, str] = {}
+        for run_id, (run, parent) in runs.items():
+            named = {**run.all_tags, **({} if parent is None else {_PARENT: given.get(parent, parent)})}
+            created = self._client.create_run(self._experiment, run.started_ms, named, run.name).info.run_id
+            given[run_id] = created
+            self._log(created, run)
+        return given
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested config as `a.b.c` -> text; lists stay whole."""
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from _flatten(entry, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, canonical_json(value) if isinstance(value, list | tuple) else str(value)
+    def update(self, runs: Mapping[str, TrackedRun]) -> None:
+        for run_id, run in runs.items():
+            self._log(run_id, run, run.tags if not run.key else {KEY: run.key, **run.tags})
+
+    def delete(self, run_ids: Sequence[str]) -> None:
+        for run_id in run_ids:
+            self._client.delete_run(run_id)
+
+    def _log(self, run_id: str, run: TrackedRun, tags: Mapping[str, str] | None = None) -> None:
+        metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in run.metrics]
+        params = [Param(name, value) for name, value in run.params.items()]
+        marks = [RunTag(name, value) for name, value in (tags or {}).items()]
+        num_calls = max(-(-len(metrics) // (_BATCH - 2 * _PARAMS)), -(-len(params) // _PARAMS), 1 if marks else 0)
+        for call in range(num_calls):
+            some = metrics[call * (_BATCH - 2 * _PARAMS) : (call + 1) * (_BATCH - 2 * _PARAMS)]
+            self._client.log_batch(run_id, some, params[call * _PARAMS : (call + 1) * _PARAMS], marks if call == 0 else [])
+        if run.status == "RUNNING":
+            self._client.update_run(run_id, "RUNNING")
+        else:
+            self._client.set_terminated(run_id, run.status, run.ended_ms)
+
+
+def _merged(before: TrackedRun, after: TrackedRun) -> TrackedRun:
+    """One row for what would be written twice."""
+    tags, params = {**before.tags, **after.tags}, {**before.params, **after.params}
+    status: Status = after.status
+    key = after.key or before.key
+    return TrackedRun(after.trial, after.label, key, status, before.started_ms, after.ended_ms, tags, params, after.metrics)
+
+
+def _add(session: Any, table: Any, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        session.execute(sqlalchemy.insert(table.__table__), rows)
+
+
+def _drop(session: Any, table: Any, run_id: str, names: list[str]) -> None:
+    if names:
+        gone = sqlalchemy.delete(table).where(table.run_uuid == run_id, table.key.in_(names))
+        session.execute(gone, execution_options={"synchronize_session": False})
+
+
+def _add_points(session: Any, points: Mapping[str, Sequence[Point]]) -> None:
+    """All values, and of each metric the last one, which is what MLflow shows."""
+    rows: list[dict[str, Any]] = []
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for run_id, of_run in points.items():
+        for point in of_run:
+            value = 0.0 if math.isnan(point.value) else min(max(point.value, -_LARGEST), _LARGEST)
+            row = {"run_uuid": run_id, "key": point.name, "value": value, "timestamp": point.time_ms, "step": point.step}
+            row["is_nan"] = math.isnan(point.value)
+            rows.append(row)
+            before = latest.get((run_id, point.name))
+            if before is None or (row["step"], row["timestamp"]) >= (before["step"], before["timestamp"]):
+                latest[run_id, point.name] = row
+    _add(session, SqlMetric, rows)
+    _add(session, SqlLatestMetric, list(latest.values()))

@@ -6,6 +6,7 @@ Started again on the same study it goes on: what has a manifest is reused, what 
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, RayExecutor
 from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
+from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
 from fffsweep.sweeps.space import expand
 
@@ -104,17 +106,19 @@ class Controller:
         self._record = Record(folder, config, [TrialState(plan, [StageState(planned) for planned in plan.stages]) for plan in plans])
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))
-        self._ledger = Ledger(config, results, self._store)
+        self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = folder / "stop"
         self._by_key: dict[str, list[tuple[TrialState, StageState]]] = defaultdict(list)
         for trial in self._record.trials:
             for stage in trial.stages:
                 self._by_key[stage.planned.run.key].append((trial, stage))
         self._running: dict[str, int] = {}  # key -> CPUs it occupies
+        self._shared, self._alone = ReadyRuns(self._is_ready), ReadyRuns(self._is_ready)
         self._attempts: dict[str, int] = defaultdict(int)
         self._not_before: dict[str, float] = {}
         self._num_run = 0
         self._stopping = False
+        self._next_update = 0.0
 
     def run(self) -> Outcome:
         start = time.monotonic()
@@ -124,8 +128,13 @@ class Controller:
         self._save(force=True)
         for trial in self._record.trials:
             self._ledger.open_trial(trial)
+            for stage in trial.stages:
+                if stage.state in _DONE:
+                    self._ledger.stage_finished(trial, stage)
         for trial in self._record.trials:
             self._settle(trial)
+        for key in self._by_key:
+            self._queue_of(key).add(key, self._planned(key).run.inputs.values())
         reused = sum(self._state(key) == "reused" for key in self._by_key)
         if reused:
             self._listener.say(f"reused {reused} of {len(self._by_key)} stage runs from {self._store.root}")
@@ -136,6 +145,11 @@ class Controller:
         unfinished = any(trial.state in ("waiting", "running") for trial in self._record.trials)
         self._record.state = "stopped" if unfinished else "failed" if len(failed) == len(self._record.trials) else "complete"
         self._ledger.close()
+        if self._ledger.num_untold:
+            self._listener.say(
+                f"MLflow was not told of {self._ledger.num_untold} runs; "
+                f"fffsweep verify {shlex.quote(self._config.name)} --repair tells them"
+            )
         self._record.event("ended", state=self._record.state, failed=failed)
         self._save(force=True)
         return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start)
@@ -168,22 +182,32 @@ class Controller:
 
     def _submit_ready(self, executor: Executor) -> None:
         """Fill the free CPUs, first trials first. A run that needs a whole node waits until nothing else can be started."""
-        ready = [key for key in self._by_key if self._state(key) == "waiting" and key not in self._running and self._is_ready(key)]
-        shared = [key for key in ready if not self._planned(key).resources.exclusive]
         now = time.monotonic()
-        for key in shared or [key for key in ready if not self._running][:1]:
+
+        def accept(key: str) -> bool | None:
+            free = executor.num_cpus - sum(self._running.values())
+            if free <= 0:
+                return None
             resources = self._planned(key).resources
             cpus = executor.num_cpus if resources.exclusive else min(resources.cpus, executor.num_cpus)
-            if self._not_before.get(key, 0) > now or sum(self._running.values()) + cpus > executor.num_cpus:
-                continue
+            if self._not_before.get(key, 0) > now or cpus > free:
+                return False
             self._running[key] = cpus
+            return True
+
+        for key in (self._shared if self._shared or self._running else self._alone).take(accept):
             self._attempts[key] += 1
             for trial, stage in self._by_key[key]:
                 stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
             self._record.event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
-            executor.submit(self._planned(key).run, resources)
+            executor.submit(self._planned(key).run, self._planned(key).resources)
+
+    def _queue_of(self, key: str) -> ReadyRuns:
+        return self._alone if self._planned(key).resources.exclusive else self._shared
 
     def _is_ready(self, key: str) -> bool:
+        if self._state(key) != "waiting" or key in self._running:
+            return False
         return all(self._state(upstream) in _DONE for upstream in self._planned(key).run.inputs.values())
 
     def _handle(self, event: Event) -> None:
@@ -209,7 +233,11 @@ class Controller:
         self._record.event("finished", key=event.key, duration_s=manifest.duration_s, worker=event.worker)
         for trial, stage in self._by_key[event.key]:
             stage.state, stage.duration_s, stage.worker, stage.progress = "complete", manifest.duration_s, event.worker, None
+            if trial.state != "complete":
+                self._ledger.stage_finished(trial, stage)
             self._settle(trial)
+        for queue in (self._shared, self._alone):
+            queue.done(event.key)
 
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
@@ -232,12 +260,9 @@ class Controller:
             self._settle(trial)
 
     def _settle(self, trial: TrialState) -> None:
-        """Log what is finished of a trial; close it when it is whole, or when it can no longer be."""
+        """Close a trial when it is whole, or when it can no longer be."""
         if trial.state in ("complete", "failed"):
             return
-        for stage in trial.stages:
-            if stage.state in _DONE:
-                self._ledger.stage_finished(trial, stage)
         broken = next((upstream for upstream in self._broken(trial)), None)
         if trial.stages[-1].state in _DONE:
             trial.state = "complete"
@@ -264,13 +289,18 @@ class Controller:
     def _set_state(self, key: str, state: str) -> None:
         for _, stage in self._by_key[key]:
             stage.state = state  # type: ignore[assignment]
+        if state == "waiting":
+            self._queue_of(key).touch(key)
 
     def _is_over(self) -> bool:
         return all(trial.state in ("complete", "failed") for trial in self._record.trials)
 
     def _save(self, force: bool = False) -> None:
         self._record.save(force)
-        self._listener.update(self._record, len(self._running))
+        start = time.monotonic()
+        if force or start >= self._next_update:  # looking at a whole study costs: at most a twentieth of the time
+            self._listener.update(self._record, len(self._running))
+            self._next_update = time.monotonic() + 20 * (time.monotonic() - start)
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:

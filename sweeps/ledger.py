@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.store import Store
-from fffsweep.pipeline.tracking import Tracker
+from fffsweep.pipeline.tracked_run import TrackedRun, ended_trial, failed_stage, finished_stage, open_trial
+from fffsweep.sweeps.backlog import Backlog
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.optuna_study import OptunaStudy, sqlite_url
 from fffsweep.sweeps.record import StageState, TrialState
 
+if TYPE_CHECKING:
+    from fffsweep.pipeline.tracking import Tracker
+
 
 class Ledger:
-    """MLflow experiment and Optuna study of one sweep, under `results`."""
+    """MLflow experiment and Optuna study of one sweep, under `results`.
 
-    def __init__(self, config: SweepConfig, results: Path, store: Store) -> None:
+    Optuna is told at once, MLflow by a thread that gathers what there is to tell and tries again if the server is gone; `say` hears
+    of that. `num_untold` after `close`: what MLflow was never told, for `fffsweep verify --repair`.
+    """
+
+    def __init__(self, config: SweepConfig, results: Path, store: Store, say: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._store = config, store
-        self._tracker = Tracker(sqlite_url(results / "mlflow.db"), config.name, results / "mlartifacts")
+        self._make_tracker = partial(_open_tracker, sqlite_url(results / "mlflow.db"), config.name, results / "mlartifacts")
         self._study = OptunaStudy(sqlite_url(results / "optuna.db"), config.name, config.objectives)
+        self._say = say
+        self._told: set[tuple[str, str, str]] = set()
+        self.num_untold = 0
 
     def open_trial(self, trial: TrialState) -> None:
         """Ask Optuna for a trial's number, open its parent run."""
@@ -37,32 +51,36 @@ class Ledger:
             "optuna.trial": str(trial.number),
             "mlflow.note.content": f"Trial {spec.id} of sweep {self._config.name}: {self._config.description}",
         }
-        config = {**self._config.resolved(), "trial": {"id": spec.id, "layout": spec.layout, "model": spec.model.resolved()}}
-        self._tracker.start_trial(spec.id, config, tags)
+        self._backlog.put(lambda: open_trial(spec.id, {**self._resolved, "trial": self._described(trial)}, tags))
 
     def stage_finished(self, trial: TrialState, stage: StageState) -> None:
-        manifest = self._store.get(stage.planned.run.key)
-        self._tracker.log_stage(trial.plan.spec.id, stage.planned.label, manifest, self._store)
+        place = trial.plan.spec.id, stage.planned.label, stage.planned.run.key
+        if place not in self._told:
+            self._told.add(place)
+            self._backlog.put(lambda: finished_stage(*place[:2], self._store.get(place[2]), self._store))
 
     def stage_failed(self, trial: TrialState, stage: StageState) -> None:
-        self._tracker.log_failure(trial.plan.spec.id, stage.planned.label, stage.planned.run.key, stage.error or "")
+        self._backlog.put(
+            partial(failed_stage, trial.plan.spec.id, stage.planned.label, stage.planned.run.key, stage.error or "no message")
+        )
 
     def trial_finished(self, trial: TrialState) -> None:
         """Tell the objective values, close the parent run."""
-        metrics = self._store.get(trial.stages[-1].planned.run.key).metrics
+        key = trial.stages[-1].planned.run.key
+        metrics = self._store.get(key).metrics
         if trial.number is not None:
             self._study.tell(trial.plan.spec.id, [metrics[name] for name in self._config.objectives])
-        self._tracker.finish_trial(trial.plan.spec.id, metrics, trial.stages[-1].planned.run.key)
+        self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FINISHED", metrics, key))
 
     def trial_failed(self, trial: TrialState) -> None:
         if trial.number is not None:
             self._study.fail(trial.plan.spec.id)
-        self._tracker.fail_trial(trial.plan.spec.id)
+        self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FAILED", {}, ""))
 
     def audit(self, finished: list[tuple[TrialState, StageState]], repair: bool) -> list[str]:
         """What MLflow or Optuna hold otherwise than the finished stage runs would have it, a line each."""
         expected = {(trial.plan.spec.id, stage.planned.label): stage.planned.run.key for trial, stage in finished}
-        problems = self._tracker.audit(expected, self._store, repair)
+        problems = self._make_tracker().audit(expected, self._store, repair)
         for trial, stage in finished:
             if stage is trial.stages[-1] and trial.plan.spec.in_study:
                 metrics = self._store.get(stage.planned.run.key).metrics
@@ -72,4 +90,30 @@ class Ledger:
         return problems
 
     def close(self) -> None:
-        self._tracker.close()
+        self.num_untold = self._backlog.close()
+
+    @cached_property
+    def _backlog(self) -> Backlog[TrackedRun]:
+        return Backlog("MLflow", self._make_tracker, _is_refused, self._say)
+
+    @cached_property
+    def _resolved(self) -> dict[str, Any]:
+        return self._config.resolved()
+
+    @staticmethod
+    def _described(trial: TrialState) -> dict[str, Any]:
+        spec = trial.plan.spec
+        return {"id": spec.id, "layout": spec.layout, "model": spec.model.resolved()}
+
+
+def _open_tracker(uri: str, experiment: str, artifact_root: Path) -> Tracker:
+    """Imports MLflow where it is first needed: on the thread that writes to it."""
+    from fffsweep.pipeline.tracking import Tracker
+
+    return Tracker(uri, experiment, artifact_root)
+
+
+def _is_refused(error: Exception) -> bool:
+    from fffsweep.pipeline.tracking import is_refused
+
+    return is_refused(error)

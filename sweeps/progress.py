@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fffsweep.sweeps.record import Record, StageState
+from fffsweep.sweeps.record import Record, StageState, TrialState
 
 _MARKS = {
     "waiting": ("·", "dim"),
@@ -49,16 +49,16 @@ class TerminalProgress:
         if self._live:
             self._live.update(self._grid(record))
             return
-        counts = _counts(record)
+        fresh: dict[str, str] = {}
         for trial in record.trials:
             for stage in trial.stages:
                 key = stage.planned.run.key
-                if stage.state == "complete" and key not in self._said:
-                    self._said.add(key)
-                    self.say(
-                        f"[{counts['done']}/{counts['total']}] {trial.plan.spec.id}: {stage.planned.label} "
-                        f"{stage.duration_s or 0:.1f} s on {stage.worker}; {self._left(record)}"
-                    )
+                if stage.state == "complete" and key not in self._said and key not in fresh:
+                    fresh[key] = f"{trial.plan.spec.id}: {stage.planned.label} {stage.duration_s or 0:.1f} s on {stage.worker}"
+        if fresh:
+            self._said |= fresh.keys()
+            counts, left = _counts(record), self._left(record)
+            self.say("\n".join(f"[{counts['done']}/{counts['total']}] {line}; {left}" for line in fresh.values()))
 
     def _grid(self, record: Record) -> Table:
         counts = _counts(record)
@@ -68,13 +68,20 @@ class TerminalProgress:
         names = list(dict.fromkeys(stage.planned.run.stage for trial in record.trials for stage in trial.stages))
         for column in ("trial", *names, "now"):
             table.add_column(column)
-        for trial in record.trials:
+        for trial in self._shown(record):
             by_name: dict[str, list[StageState]] = defaultdict(list)
             for stage in trial.stages:
                 by_name[stage.planned.run.stage].append(stage)
             running = [stage for stage in trial.stages if stage.state == "running"]
             table.add_row(trial.plan.spec.id, *(_marks(by_name[name]) for name in names), "; ".join(map(_describe, running[:2])))
         return table
+
+    def _shown(self, record: Record) -> list[TrialState]:
+        """All trials if they fit on the screen, else those that something can be said of now."""
+        room = max(5, self._console.height - 6)
+        if len(record.trials) <= room:
+            return record.trials
+        return [trial for trial in record.trials if trial.state in ("running", "failed")][-room:]
 
     def _left(self, record: Record) -> str:
         """Time left, from the durations seen so far, as if as many runs went on at once as now."""

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -33,6 +34,11 @@ class StageState:
     worker: str | None = None
     duration_s: float | None = None
     error: str | None = None
+
+    @property
+    def live(self) -> tuple[Any, ...]:
+        """All of it that changes, for comparing."""
+        return self.state, self.attempts, self.progress, self.worker, self.duration_s, self.error
 
     def to_json(self) -> dict[str, Any]:
         run = self.planned.run
@@ -128,35 +134,57 @@ class Lease:
 
 @dataclass
 class Record:
-    """A study's record in memory, saved by replacing its file whole."""
+    """A study's record in memory, saved by replacing its file whole.
+
+    Only what changed is turned into JSON again, and a save waits until its cost is a small part of the time since the last one:
+    a study of thousands of trials costs its driver no more than a small one.
+    """
 
     folder: Path
     config: SweepConfig
     trials: list[TrialState]
     state: str = "running"
     created_at: float = field(default_factory=time.time)
-    _saved_at: float = 0.0
+    _next_save: float = 0.0
+    _written: dict[int, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
     def save(self, force: bool = False) -> None:
-        """Write the record; at most once a second unless forced."""
-        if not force and time.monotonic() - self._saved_at < 1.0:
+        """Write the record; unless forced, at most once a second and in at most a twentieth of the time."""
+        start = time.monotonic()
+        if not force and start < self._next_save:
             return
-        content = {
+        header = {
             "schema": SCHEMA,
             "name": self.config.name,
-            "config": self.config.resolved(),
-            "identity": self.config.identity(),
+            "config": self._constant[0],
+            "identity": self._constant[1],
             "objectives": dict(self.config.objectives),
             "created_at": self.created_at,
             "updated_at": time.time(),
             "state": self.state,
             "driver": {"pid": os.getpid(), "host": os.uname().nodename},
-            "trials": [trial.to_json() for trial in self.trials],
         }
         aside = self.folder / f".study.{uuid.uuid4().hex}"
-        aside.write_text(json.dumps(content))
+        with aside.open("w") as file:
+            file.write(json.dumps(header)[:-1] + ', "trials": [')
+            for number, trial in enumerate(self.trials):
+                file.write((", " if number else "") + self._text(trial))
+            file.write("]}")
         aside.replace(self.folder / "study.json")
-        self._saved_at = time.monotonic()
+        end = time.monotonic()
+        self._next_save = end + max(1.0, 20 * (end - start))
+
+    @cached_property
+    def _constant(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.config.resolved(), self.config.identity()
+
+    def _text(self, trial: TrialState) -> str:
+        """JSON of a trial, made anew only if it is not as it was."""
+        live = (trial.state, trial.number, trial.error, *(stage.live for stage in trial.stages))
+        before = self._written.get(id(trial))
+        if before is None or before[0] != live:
+            before = self._written[id(trial)] = live, json.dumps(trial.to_json())
+        return before[1]
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to the study's history."""

@@ -7,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.stage import StageRun
 from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.tracked_run import ended_trial, failed_stage, finished_stage, open_trial
 from fffsweep.pipeline.tracking import Tracker
 
 
@@ -40,9 +41,13 @@ def test_a_trial_is_a_parent_run_and_its_stages_are_children(uri, store, tmp_pat
     manifest = published(store, tmp_path)
     for _ in range(2):  # a second driver tells everything again and changes nothing
         tracker = Tracker(uri, "nested", tmp_path / "artifacts")
-        tracker.start_trial("1x8", {"name": "nested", "model": {"depth": 8}}, {"layout": "1x8"})
-        tracker.log_stage("1x8", "pretrain/0", manifest, store)
-        tracker.finish_trial("1x8", {"quality/avg": 50.0}, "key")
+        tracker.write(
+            [
+                open_trial("1x8", {"name": "nested", "model": {"depth": 8}}, {"layout": "1x8"}),
+                finished_stage("1x8", "pretrain/0", manifest, store),
+                ended_trial("1x8", "FINISHED", {"quality/avg": 50.0}, "key"),
+            ]
+        )
         tracker.close()
     runs = {run.info.run_name: run for run in runs_of(uri, "nested")}
     assert sorted(runs) == ["1x8", "pretrain/0"]
@@ -61,35 +66,35 @@ def test_a_trial_is_a_parent_run_and_its_stages_are_children(uri, store, tmp_pat
 
 
 def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_path):
-    Tracker(uri, "killed", tmp_path).start_trial("1x8", {}, {})
+    Tracker(uri, "killed", tmp_path).write([open_trial("1x8", {}, {})])
     second = Tracker(uri, "killed", tmp_path)
     second.close()
     assert [run.info.status for run in runs_of(uri, "killed")] == ["KILLED"]
     third = Tracker(uri, "killed", tmp_path)
-    third.start_trial("1x8", {}, {})
-    third.finish_trial("1x8", {"quality/avg": 1.0}, "key")
+    third.write([open_trial("1x8", {}, {})])
+    third.write([ended_trial("1x8", "FINISHED", {"quality/avg": 1.0}, "key")])
     third.close()
     assert [run.info.status for run in runs_of(uri, "killed")] == ["FINISHED"]
 
 
 def test_a_trial_that_grew_shows_its_new_values(uri, tmp_path):
     tracker = Tracker(uri, "grown", tmp_path)
-    tracker.start_trial("1x8", {}, {})
-    tracker.finish_trial("1x8", {"quality/avg": 1.0}, "one seed")
-    tracker.finish_trial("1x8", {"quality/avg": 9.0}, "one seed")
+    tracker.write([open_trial("1x8", {}, {})])
+    tracker.write([ended_trial("1x8", "FINISHED", {"quality/avg": 1.0}, "one seed")])
+    tracker.write([ended_trial("1x8", "FINISHED", {"quality/avg": 9.0}, "one seed")])
     assert [run.data.metrics for run in runs_of(uri, "grown")] == [{"quality/avg": 1.0}]
-    tracker.finish_trial("1x8", {"quality/avg": 2.0}, "two seeds")
+    tracker.write([ended_trial("1x8", "FINISHED", {"quality/avg": 2.0}, "two seeds")])
     assert [run.data.metrics for run in runs_of(uri, "grown")] == [{"quality/avg": 2.0}]
 
 
 def test_an_audit_finds_and_mends_what_no_result_backs(uri, store, tmp_path):
     manifest = published(store, tmp_path)
     tracker = Tracker(uri, "audited", tmp_path)
-    tracker.start_trial("1x8", {}, {})
+    tracker.write([open_trial("1x8", {}, {})])
     expected = {("1x8", "pretrain/0"): manifest.key}
     assert tracker.audit(expected, store) == ["MLflow run 1x8 of 1x8 is left RUNNING", "MLflow has no run pretrain/0 of 1x8"]
-    tracker.log_stage("1x8", "pretrain/0", manifest, store)
-    tracker.finish_trial("1x8", {}, "key")
+    tracker.write([finished_stage("1x8", "pretrain/0", manifest, store)])
+    tracker.write([ended_trial("1x8", "FINISHED", {}, "key")])
     assert tracker.audit(expected, store) == []
     store.forget(manifest.key)
     assert tracker.audit({}, store, repair=True) == ["MLflow run pretrain/0 of 1x8 has no result of its own"]
@@ -98,9 +103,9 @@ def test_an_audit_finds_and_mends_what_no_result_backs(uri, store, tmp_path):
 
 def test_a_failed_stage_is_a_failed_run_with_its_reason(uri, tmp_path):
     tracker = Tracker(uri, "failed", tmp_path)
-    tracker.start_trial("1x8", {}, {})
-    tracker.log_failure("1x8", "pretrain/0", "k" * 40, "ValueError: loss is NaN")
-    tracker.fail_trial("1x8")
+    tracker.write([open_trial("1x8", {}, {})])
+    tracker.write([failed_stage("1x8", "pretrain/0", "k" * 40, "ValueError: loss is NaN")])
+    tracker.write([ended_trial("1x8", "FAILED", {}, "")])
     runs = {run.info.run_name: run for run in runs_of(uri, "failed")}
     assert {run.info.status for run in runs.values()} == {"FAILED"}
     assert runs["pretrain/0"].data.tags["error"] == "ValueError: loss is NaN"

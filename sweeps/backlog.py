@@ -1,0 +1,145 @@
+"""What is still to be told to a server, on a thread of its own: the sweep goes on while the server is slow, or gone for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+T_contra = TypeVar("T_contra", contravariant=True)
+T = TypeVar("T")
+R = TypeVar("R")
+
+_GATHER_S = 0.5  # to tell many at once, which is much cheaper than one by one
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
+_BATCH = 400
+
+
+class Receiver(Protocol[T_contra]):
+    """Who is told. Made on the backlog's thread and used there alone."""
+
+    def write(self, items: Sequence[T_contra]) -> None:
+        """Take items in order. After an error all of them are written again, so what is there already must do no harm."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backlog(Generic[T]):
+    """Items on their way to a receiver, in order, tried again with growing waits until `close` runs out of patience.
+
+    make: opens the receiver, tried again like everything else. Items are functions, called on the thread: reading what is to be
+    told costs the driver nothing. is_refused: whether an error says that an item will never be taken; it is left out then.
+    say: told once when the server is lost, once when it is back.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Receiver[T]], is_refused: Callable[[Exception], bool], say: Callable[[str], None]
+    ) -> None:
+        self._name, self._make, self._is_refused, self._say = name, make, is_refused, say
+        self._items: deque[Callable[[], T]] = deque()
+        self._changed = threading.Condition()
+        self._deadline: float | None = None
+        self._is_open = threading.Event()
+        self.num_lost = 0
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"fffsweep-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Callable[[], T]) -> None:
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify()
+
+    def wait_open(self, timeout_s: float) -> bool:
+        """Whether the receiver could be opened within this time; `error` says why not."""
+        return self._is_open.wait(timeout_s)
+
+    def close(self, patience_s: float = 60.0) -> int:
+        """Tell the rest, for at most this long, and close the receiver. Returns how many items were never taken."""
+        with self._changed:
+            self._deadline = time.monotonic() + patience_s
+            self._changed.notify()
+        self._thread.join(patience_s + 30)
+        return self.num_lost + len(self._items)
+
+    def _run(self) -> None:
+        receiver = self._insist(self._make)
+        if receiver is None:
+            return
+        self._is_open.set()
+        while batch := self._next():
+            if not self._deliver(receiver, batch):
+                return
+        with contextlib.suppress(Exception):  # whoever reads the server finds open runs; there is nothing more to lose here
+            receiver.close()
+
+    def _next(self) -> list[Callable[[], T]]:
+        """The next items, at least one; none when closed and empty. They stay in the queue until delivered."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._deadline is not None)
+            self._changed.wait_for(lambda: len(self._items) >= _BATCH or self._deadline is not None, _GATHER_S)
+            return [self._items[index] for index in range(min(_BATCH, len(self._items)))]
+
+    def _deliver(self, receiver: Receiver[T], batch: list[Callable[[], T]]) -> bool:
+        """Whether there is reason to go on."""
+        items = []
+        for make in batch:
+            try:
+                items.append(make())
+            except Exception as error:
+                self._lose(error)
+        told = self._insist(lambda: self._write(receiver, items))
+        if told:
+            with self._changed:
+                for _ in batch:
+                    self._items.popleft()
+        return bool(told)
+
+    def _write(self, receiver: Receiver[T], items: list[T]) -> bool:
+        try:
+            receiver.write(items)
+        except Exception as error:
+            if not self._is_refused(error):
+                raise
+            if len(items) == 1:
+                self._lose(error)
+            else:
+                for item in list(items):
+                    self._write(receiver, [item])
+                    items.remove(item)
+        return True
+
+    def _lose(self, error: Exception) -> None:
+        self.num_lost += 1
+        self._say(f"{self._name} refuses an entry: {_first_line(error)}")
+
+    def _insist(self, call: Callable[[], R]) -> R | None:
+        """What `call` gives, None if patience ran out first."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                result = call()
+            except Exception as error:
+                if self.error is None:
+                    self._say(f"{self._name} cannot be reached ({_first_line(error)}); the sweep goes on and tells it later")
+                self.error = error
+            else:
+                if self.error is not None:
+                    self._say(f"{self._name} can be reached again")
+                    self.error = None
+                return result
+            closing = self._deadline is not None
+            left_s = self._deadline - time.monotonic() if self._deadline is not None else float("inf")
+            if left_s <= 0:
+                return None
+            with self._changed:  # closing cuts a long wait short, once
+                self._changed.wait_for((lambda: False) if closing else (lambda: self._deadline is not None), min(wait_s, left_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
