@@ -101,8 +101,9 @@ class StudyView:
 
     @cached_property
     def reference(self) -> TrialView | None:
-        """The finished trial in the role reference_dense."""
-        return next((trial for trial in self.finished if trial.has_role("reference_dense")), None)
+        """The finished trial in the role reference_dense; where it was tuned, the one best on the rows held out for selection."""
+        playing = [trial for trial in self.finished if trial.has_role("reference_dense")]
+        return max(playing, key=lambda trial: trial.value(QUALITY) or -np.inf, default=None)
 
     @cached_property
     def no_feedforward(self) -> TrialView | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -17,9 +17,12 @@ from fffsweep.sweeps.blocks import ControlText, Depths, Layout, Name, Seeds, Sta
 from fffsweep.sweeps.config_errors import Misfit, explain, nearest_first
 from fffsweep.sweeps.controls import Control, parse_control
 from fffsweep.sweeps.objectives import metrics_of, unknown_metric
+from fffsweep.sweeps.search import Sampler, Search, check_search, lay_over, searchable_shapes
 from fffsweep.sweeps.yaml_source import ConfigError, Source, read_source
 
 __all__ = ["ConfigError", "SweepConfig", "load_config"]
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class SweepConfig(Settings):
@@ -37,7 +40,8 @@ class SweepConfig(Settings):
     controls: list[ControlText] = Field(default_factory=list)
     stages: Stages
     objectives: dict[str, Literal["maximize", "minimize"]] = Field(min_length=1)
-    sampler: Literal["grid"] = "grid"
+    sampler: Sampler = "grid"
+    search: Search | None = None
     seeds: Seeds = Seeds()
     retries: Count = Field(default=2, ge=0)
 
@@ -46,6 +50,7 @@ class SweepConfig(Settings):
         self._check_space()
         self._check_controls()
         self._check_tasks()
+        check_search(self)
         for metric in self.objectives:
             if metric not in metrics_of(self):
                 raise Misfit(unknown_metric(metric, metrics_of(self)), "objectives", metric)
@@ -57,7 +62,8 @@ class SweepConfig(Settings):
             raise Misfit(
                 "layouts together with depth and width: expected one of the two; remove the other", "width" if self.width else "depth"
             )
-        if by_width and (self.depth is None or self.width is None):
+        searched = self.search is not None and bool(self.search.shape_paths)
+        if by_width and not searched and (self.depth is None or self.width is None):
             given, lacking = ("depth", "width: ~4095") if self.width is None else ("width", "depth: [0, 4, 8]")
             raise Misfit(f"{given} alone: expected depth and width together; add {lacking}", given)
         for field, values in (("layouts", self.layouts), ("depth", self.depth)):
@@ -68,8 +74,10 @@ class SweepConfig(Settings):
             for index, value in enumerate(values or []):
                 if value in (values or [])[:index]:
                     raise Misfit(f"{field}[{index}]={value}: given twice; keep one", field, index)
-        if self.layouts is None and not by_width:
-            raise Misfit("layouts: missing, so the space is empty; expected a list such as [1x11, 4x9], or depth and width")
+        if self.layouts is None and not by_width and not searched:
+            raise Misfit(
+                "layouts: missing, so the space is empty; expected a list such as [1x11, 4x9], depth and width, or a layout in search.space"
+            )
         for index, depth in enumerate(self.depth or []):
             try:
                 layout_of_width(depth, self.target_width)
@@ -137,7 +145,7 @@ class SweepConfig(Settings):
 
     @property
     def shapes(self) -> list[TreeShape]:
-        """Layouts of the space, in the config's order."""
+        """Layouts of the grid, in the config's order; none where the shape is searched."""
         if self.layouts is not None:
             return [parse_layout(layout) for layout in self.layouts]
         return [layout_of_width(depth, self.target_width) for depth in self.depth or []]
@@ -145,7 +153,8 @@ class SweepConfig(Settings):
     @property
     def parsed_controls(self) -> list[Control]:
         """Controls, each once; those for every layout are for each with trees: a dense one is its own active width and routes nothing."""
-        layouts = [shape.layout for shape in self.shapes if shape.depth]
+        shapes = self.shapes or (searchable_shapes(self) or [] if self.search is not None else [])
+        layouts = list(dict.fromkeys(shape.layout for shape in shapes if shape.depth))
         return list(dict.fromkeys(single for text in self.controls for single in parse_control(text).over(layouts)))
 
     @property
@@ -153,20 +162,22 @@ class SweepConfig(Settings):
         """Finetuning tasks, in the config's order."""
         return self.stages.finetune.tasks
 
-    def model_settings(self, variant: str, shape: TreeShape | None = None) -> ModelSettings:
-        """The encoder with this feedforward layer; what a variant does not have is left out of its settings."""
-        layer = {**self.model.feedforward.resolved(), "variant": variant}
+    def model_settings(self, variant: str, shape: TreeShape | None = None, point: Mapping[str, Any] = NOTHING) -> ModelSettings:
+        """The encoder with this feedforward layer and a point's values; what a variant does not have is left out of its settings."""
+        model = lay_over(self.model.resolved(), "model", point)
+        layer = {**model["feedforward"], "variant": variant}
         if shape is not None:
             layer |= {"trees": shape.trees, "depth": shape.depth}
-        return ModelSettings.model_validate({**self.model.resolved(), "feedforward": layer})
+        return ModelSettings.model_validate({**model, "feedforward": layer})
 
-    def pretrain_config(self, model: ModelSettings) -> PretrainConfig:
-        """Config of the pretraining of `model`."""
-        return PretrainConfig.model_validate({**self.stages.pretrain.resolved(), "model": model.resolved()})
+    def pretrain_config(self, model: ModelSettings, point: Mapping[str, Any] = NOTHING) -> PretrainConfig:
+        """Config of the pretraining of `model`, a point's values laid over it."""
+        recipe = lay_over(self.stages.pretrain.resolved(), "stages.pretrain", point)
+        return PretrainConfig.model_validate({**recipe, "model": model.resolved()})
 
-    def finetune_config(self, task: str) -> FinetuneConfig:
-        """Config of the finetuning on `task`, the task's overrides applied."""
-        recipe = self.stages.finetune.resolved()
+    def finetune_config(self, task: str, point: Mapping[str, Any] = NOTHING) -> FinetuneConfig:
+        """Config of the finetuning on `task`: a point's values laid over the recipe, and over both what is said of the task alone."""
+        recipe = lay_over(self.stages.finetune.resolved(), "stages.finetune", point)
         overrides = recipe.pop("overrides").get(task, {})
         del recipe["tasks"]
         return FinetuneConfig.model_validate({**recipe, **overrides, "task": task})

@@ -28,37 +28,56 @@ class TrialPlan:
     stages: tuple[PlannedStage, ...]
 
 
-def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
-    """Stage runs of every trial. Timings are relative to the first one, which `expand` puts there for its role reference_dense."""
-    prepare = _planned("prepare", stage_run("prepare", config.stages.prepare))
-    references: dict[int, PlannedStage] = {}
-    plans = []
-    for spec in specs:
-        stages = [prepare]
-        for replicate in range(config.seeds.pretrain):
-            pretrain = _planned(
-                f"pretrain/{replicate}",
-                stage_run("pretrain", config.pretrain_config(spec.model), replicate, {"prepare": prepare.run.key}),
-                replicate,
-            )
-            references.setdefault(replicate, pretrain)
-            stages += [pretrain, *_finetunings(config, prepare, pretrain, replicate)]
+class Graph:
+    """Stage runs of a config's trials, made one trial at a time: a search finds out about its trials as it goes."""
+
+    def __init__(self, config: SweepConfig, reference: TrialSpec) -> None:
+        """`reference` is the trial whose trained layers timings are relative to."""
+        self._config, self._reference = config, reference
+        self._prepare = _planned("prepare", stage_run("prepare", config.stages.prepare))
+        self._references: dict[int, PlannedStage] = {}
+
+    def plan(self, spec: TrialSpec, replicates: int | None = None) -> TrialPlan:
+        """Stage runs of one trial with so many pretraining seeds, by default the config's."""
+        config, stages = self._config, [self._prepare]
+        for replicate in range(config.seeds.pretrain if replicates is None else replicates):
+            pretrain = self._pretraining(spec, replicate)
+            stages += [pretrain, *self._finetunings(spec, pretrain, replicate)]
             if config.stages.benchmark_cpu is not None:
-                inputs = {"prepare": prepare, "pretrain": pretrain, "reference": references[replicate]}
+                inputs = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
                 run = stage_run("benchmark_cpu", config.stages.benchmark_cpu, replicate, {role: s.run.key for role, s in inputs.items()})
                 stages.append(_planned(f"benchmark_cpu/{replicate}", run, replicate))
         collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, {s.label: s.run.key for s in stages[1:]})
-        plans.append(TrialPlan(spec, (*stages, _planned("collect", collect))))
-    return plans
+        return TrialPlan(spec, (*stages, _planned("collect", collect)))
+
+    def _pretraining(self, spec: TrialSpec, replicate: int) -> PlannedStage:
+        settings = self._config.pretrain_config(spec.model, spec.point)
+        return _planned(f"pretrain/{replicate}", stage_run("pretrain", settings, replicate, {"prepare": self._prepare.run.key}), replicate)
+
+    def _reference_pretraining(self, replicate: int) -> PlannedStage:
+        if replicate not in self._references:
+            self._references[replicate] = self._pretraining(self._reference, replicate)
+        return self._references[replicate]
+
+    def _finetunings(self, spec: TrialSpec, pretrain: PlannedStage, replicate: int) -> list[PlannedStage]:
+        config, inputs = self._config, {"prepare": self._prepare.run.key, "pretrain": pretrain.run.key}
+        return [
+            _planned(
+                f"finetune/{replicate}/{task}/{number}",
+                stage_run("finetune", config.finetune_config(task, spec.point), number, inputs),
+                replicate,
+            )
+            for task in config.task_names
+            for number in range(config.seeds.finetune)
+        ]
 
 
-def _finetunings(config: SweepConfig, prepare: PlannedStage, pretrain: PlannedStage, replicate: int) -> list[PlannedStage]:
-    inputs = {"prepare": prepare.run.key, "pretrain": pretrain.run.key}
-    return [
-        _planned(f"finetune/{replicate}/{task}/{number}", stage_run("finetune", config.finetune_config(task), number, inputs), replicate)
-        for task in config.task_names
-        for number in range(config.seeds.finetune)
-    ]
+def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
+    """Stage runs of every trial. Timings are relative to the first one, which `expand` puts there for its role reference_dense."""
+    if not specs:
+        return []
+    graph = Graph(config, specs[0])
+    return [graph.plan(spec) for spec in specs]
 
 
 def _planned(label: str, run: StageRun, replicate: int | None = None) -> PlannedStage:

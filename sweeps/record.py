@@ -17,7 +17,14 @@ from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 
 SCHEMA = "fffsweep.study/1"
-EXTENDS = ("layouts", "depth", "width", "controls", "seeds")  # what may differ when a study is run again under its name
+EXTENDS = (
+    "layouts",
+    "depth",
+    "width",
+    "controls",
+    "seeds",
+    "search.num_trials",
+)  # what may differ when a study is run again under its name
 _IRRELEVANT = ("description", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
@@ -101,7 +108,7 @@ def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
     different = [
         name
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name.split(".")[0] not in (*EXTENDS, *_IRRELEVANT)
+        if ours.get(name) != theirs.get(name) and not {name, name.split(".")[0]} & {*EXTENDS, *_IRRELEVANT}
     ]
     if different:
         shown = "; ".join(f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} here" for name in different[:4])

@@ -109,7 +109,7 @@ def test_counts_in_overrides_and_yaml(path, text):
         (["layouts=null", "depth=[2]", "width=15"], "width=15: expected ~ and a whole number"),
         (["layouts=null", "depth=[2, 4]", "width=~15"], "width ~15 at depth 4: no layout within 10 % below it"),
         (["depth=[2]", "width=~15"], "layouts together with depth and width"),
-        (["sampler=tpee"], "sampler=tpee: expected grid"),
+        (["sampler=tpee"], "sampler=tpee: expected one of tpe, "),
         (["objectives={}"], "objectives={}: expected"),
         (["objectives.quality/avg=maximise"], "objectives.quality/avg=maximise: expected one of maximize, minimize"),
         (

@@ -37,6 +37,12 @@ def test_every_sweep_is_valid(validator, path):
         {"layouts": None, "depth": 3, "width": "~4k"},
         {"scale": {"stages": {"finetune": {"epochs": 2, "overrides": {"stsb": {"epochs": "1k"}}}}}},
         {"scale": None},
+        {
+            "search": {
+                "space": {"layout": ["1x8", "8x5"], "stages.pretrain.clip": {"type": "float", "low": 0.1, "high": 1}},
+                "num_trials": 3,
+            }
+        },
     ],
 )
 def test_what_people_write_is_valid(validator, quickstart, change):
@@ -52,7 +58,8 @@ def test_what_people_write_is_valid(validator, quickstart, change):
         {"width": 4095},
         {"controls": ["dense"]},
         {"objectives": {"quality/avg": "up"}},
-        {"sampler": "tpe"},
+        {"sampler": "tpee"},
+        {"search": {"space": {"stages.pretrain.clip": {"type": "flaot", "low": 0, "high": 1}}}},
         {"seeds": {"pretrain": "two"}},
         {"scale": {"stages": {"finetune": {"epoch": 2}}}},
         {"scale": {"model": {"num_layers": 0}}},
