@@ -1,37 +1,70 @@
-"""The feedforward layer of the encoder, in every variant and control, on the parameters that the kernels take."""
+"""What every feedforward layer of the encoder shares: one interface, the master leaf, the output bias, penalties."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 
-from fffsweep.kernels import torch_forms
 from fffsweep.kernels.activations import activation_of
-from fffsweep.kernels.cmm import cmm
 from fffsweep.kernels.layer import LayerWeights
-from fffsweep.kernels.shape import TreeShape, child
 from fffsweep.pipeline.model_settings import FeedForward
 
 
-class FeedForwardLayer(nn.Module):
-    """Dense, tree or randomly routed layer: w_in, w_out [trees, nodes, hidden]; b_in [trees, nodes] or None; no output bias.
+class Fan(NamedTuple):
+    """A weight, the bias drawn like it, and how many inputs of the weight a token uses."""
 
-    A dense layer of n neurons is a tree layer of n trees with one node each. With `load_balancing`, a training forward leaves
-    its penalty in `auxiliary`, to be added to the loss.
-    Source: dense and tree as in Belcak & Wattenhofer 2023, arXiv 2311.10770.
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    inputs: int
+
+
+class FeedForwardLayer(nn.Module, ABC):
+    """Trees, what every token uses beside them, and a bias; subclasses add the trees.
+
+    settings.master_leaf: that many neurons which every token uses; master_in, master_out [neurons, hidden], master_bias [neurons].
+    A training forward may leave a penalty in `auxiliary`, to be added to the loss.
     """
 
     def __init__(self, settings: FeedForward, hidden_size: int, layer: int) -> None:
         super().__init__()
         if settings.shape is None:
-            raise ValueError("variant none has no feedforward layer to build")
-        self.settings, self.shape, self.layer = settings, settings.shape, layer
-        self.w_in = nn.Parameter(torch.empty(self.shape.trees, self.shape.nodes, hidden_size))
-        self.b_in = nn.Parameter(torch.empty(self.shape.trees, self.shape.nodes)) if settings.input_bias else None
-        self.w_out = nn.Parameter(torch.empty(self.shape.trees, self.shape.nodes, hidden_size))
+            raise ValueError(f"variant {settings.variant} has no feedforward layer to build")
+        self.settings, self.shape, self.layer, self.hidden_size = settings, settings.shape, layer, hidden_size
         self.auxiliary: Tensor | None = None
+        self.master_in = self.master_bias = self.master_out = None
+        if settings.master_leaf:
+            self.master_in = nn.Parameter(torch.empty(settings.master_leaf, hidden_size))
+            self.master_bias = nn.Parameter(torch.empty(settings.master_leaf)) if settings.input_bias else None
+            self.master_out = nn.Parameter(torch.empty(settings.master_leaf, hidden_size))
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """Shapes: x [..., hidden]; token_ids, of x's leading shape, are read by random routing alone -> as x."""
+        y = self.trees(x, token_ids)
+        if self.master_in is not None and self.master_out is not None:
+            hidden = functional.linear(x, self.master_in, self.master_bias)
+            y = y + activation_of(self.settings.activation).apply(hidden) @ self.master_out
+        return y
+
+    @abstractmethod
+    def trees(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """Output without the master leaf; as `forward`."""
+
+    @abstractmethod
+    def paths(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """Nodes that each token visits, int64 [tokens, trees, levels]; arguments as `forward`."""
+
+    @abstractmethod
+    def weights(self) -> LayerWeights:
+        """The layer as the kernels take it, detached. Raises ValueError if no kernel computes it."""
+
+    @abstractmethod
+    def fans(self) -> list[Fan]:
+        """Weights and biases that are drawn at first, master leaf left out."""
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
@@ -39,131 +72,21 @@ class FeedForwardLayer(nn.Module):
 
         `normal`: N(0, std) and zero biases, the same for every layout; it is what the published training code ends up with, whose
         encoder initialises all linear layers anew. `fan`: uniform within 1 / sqrt(inputs used for one token), biases as inputs.
+        An output bias is zero at first.
         """
-        if self.settings.init == "normal":
-            for weight in (self.w_in, self.w_out):
+        fans = self.fans()
+        if self.master_in is not None and self.master_out is not None:
+            fans += [Fan(self.master_in, self.master_bias, self.master_in.shape[1]), Fan(self.master_out, None, self.settings.active_width)]
+        for weight, bias, inputs in fans:
+            bound = inputs**-0.5
+            if self.settings.init == "normal":
                 init.normal_(weight, mean=0.0, std=std)
-            if self.b_in is not None:
-                init.zeros_(self.b_in)
-            return
-        bound_in, bound_out = self.w_in.shape[-1] ** -0.5, self.shape.active_width**-0.5
-        init.uniform_(self.w_in, -bound_in, bound_in)
-        if self.b_in is not None:
-            init.uniform_(self.b_in, -bound_in, bound_in)
-        init.uniform_(self.w_out, -bound_out, bound_out)
-
-    def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        """Shapes: x [..., hidden]; token_ids, of x's leading shape, are read by random routing alone -> as x."""
-        settings = self.settings
-        if settings.variant == "dense":
-            return self._dense(x)
-        weights = (self.w_in, self.b_in, self.w_out, self.shape, settings.activation)
-        if settings.variant == "random_routing":
-            form = torch_forms.masked if settings.execution == "masked" else torch_forms.gather
-            return form(x, *weights, paths=self.paths(x, token_ids))
-        if settings.routing_gradient != "none" or (settings.load_balancing and self.training):
-            return self._with_decisions(x)
-        if settings.execution == "masked":
-            return torch_forms.masked(x, *weights)
-        return cmm(x, *weights)
-
-    def paths(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        """Nodes that each token visits, int64 [tokens, trees, levels]; arguments as `forward`."""
-        if self.settings.variant == "random_routing":
-            return hashed_paths(token_ids, self.shape, self.layer, self.settings.routing_seed)
-        return torch_forms.paths(x, self.w_in, self.b_in, self.shape)
-
-    def weights(self) -> LayerWeights:
-        """The layer as the kernels' benchmark takes it, detached."""
-        bias = None if self.b_in is None else self.b_in.detach()
-        return LayerWeights(self.w_in.detach(), bias, self.w_out.detach(), self.shape, self.settings.activation)
-
-    def _dense(self, x: Tensor) -> Tensor:
-        bias = None if self.b_in is None else self.b_in.view(-1)
-        hidden = activation_of(self.settings.activation).apply(functional.linear(x, self.w_in.flatten(0, 1), bias))
-        return hidden @ self.w_out.flatten(0, 1)
-
-    def _with_decisions(self, x: Tensor) -> Tensor:
-        """The tree layer with its decisions in the graph: the same output, further gradients to the logits on the path.
-
-        straight_through: what hangs below a decision is scaled by 1 + p - stop_gradient(p), p = sigmoid(±logit) being the soft
-        probability of the turn that was taken; the factor is 1, its gradient that of the soft choice.
-        """
-        shape, tokens = self.shape, x.reshape(-1, x.shape[-1])
-        flat_in, flat_out = self.w_in.flatten(0, 1), self.w_out.flatten(0, 1)
-        bias = None if self.b_in is None else self.b_in.flatten()
-        masked = self.settings.execution == "masked"
-        if masked:
-            visited = torch_forms.masked_paths(tokens, self.w_in, self.b_in, shape)
-            logits = functional.linear(tokens, flat_in, bias).view(-1, shape.trees, shape.nodes).gather(2, visited)
-        else:
-            visited = torch_forms.paths(tokens, self.w_in, self.b_in, shape)
-            rows = visited + shape.nodes * torch.arange(shape.trees, device=x.device).view(-1, 1)
-            logits = torch.einsum("th,tklh->tkl", tokens, functional.embedding(rows, flat_in))
-            logits = logits if bias is None else logits + bias[rows]
-        decisions = logits[..., :-1]
-        right = visited[..., 1:] == child(visited[..., :-1], torch.ones_like(decisions))
-        values = activation_of(self.settings.activation).apply(logits)
-        if self.settings.routing_gradient == "straight_through":
-            taken = torch.sigmoid(torch.where(right, decisions, -decisions))
-            gates = torch.cumprod(1 + (taken - taken.detach()), dim=2)
-            values = torch.cat([values[..., :1], values[..., 1:] * gates], dim=2)
-        if self.settings.load_balancing and self.training:
-            self.auxiliary = self.settings.load_balancing * imbalance(decisions, right, visited[..., :-1], shape)
-        if masked:
-            full = torch.zeros(len(tokens), shape.trees, shape.nodes, dtype=values.dtype, device=x.device)
-            return (full.scatter(2, visited, values).flatten(1) @ flat_out).to(x.dtype).reshape(x.shape)
-        return torch.einsum("tkl,tklh->th", values, functional.embedding(rows, flat_out)).to(x.dtype).reshape(x.shape)
-
-
-def imbalance(decisions: Tensor, right: Tensor, nodes: Tensor, shape: TreeShape) -> Tensor:
-    """Penalty on one-sided nodes: 0 where every node sends half of its tokens each way, 1 where all go one way for sure.
-
-    Shapes: decisions (logits), right, nodes [tokens, trees, depth]. For each node 2 (F P + (1 - F)(1 - P)) - 1, with F the share
-    of its tokens that went right and P their mean soft probability of it; weighted by its tokens, mean over trees and levels.
-    Source: the auxiliary loss of Fedus et al. 2021, arXiv 2101.03961, eq. 4, at each branch.
-    """
-    soft = torch.sigmoid(decisions.to(torch.promote_types(decisions.dtype, torch.float32)))
-    visits, hard_right, soft_right = (
-        torch.zeros(shape.trees, shape.nodes, dtype=soft.dtype, device=soft.device).scatter_add(1, index, value)
-        for index in [nodes.transpose(0, 1).flatten(1)]
-        for value in (each.transpose(0, 1).flatten(1) for each in (torch.ones_like(soft), right.to(soft.dtype), soft))
-    )
-    count = visits.clamp(min=1)
-    share, probability = hard_right / count, soft_right / count
-    agreement = 2 * (share * probability + (1 - share) * (1 - probability)) - 1
-    return (agreement * visits).sum() / visits.sum().clamp(min=1)
-
-
-def hashed_paths(token_ids: Tensor, shape: TreeShape, layer: int, seed: int) -> Tensor:
-    """Paths by a hash of token id, layer, tree and seed: the same for a token wherever it stands. int64 [tokens, trees, levels].
-
-    The hash is the finaliser of splitmix64 (Steele et al. 2014); one of its bits decides one level, so 30 levels at most.
-    """
-    ids = token_ids.reshape(-1, 1).to(torch.int64)
-    trees = torch.arange(shape.trees, device=ids.device)
-    bits = _mix(_mix(_mix(torch.tensor(seed, device=ids.device)) + layer) + trees)
-    bits = _mix(bits + ids)
-    visited = [torch.zeros_like(bits)]
-    for level in range(shape.depth):
-        visited.append(child(visited[-1], (bits >> level) & 1))
-    return torch.stack(visited, dim=2)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """splitmix64 on int64, whose products wrap; shifts made logical by masking the copies of the sign."""
-    z = z + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+            else:
+                init.uniform_(weight, -bound, bound)
+            if bias is not None and self.settings.init == "normal":
+                init.zeros_(bias)
+            elif bias is not None:
+                init.uniform_(bias, -bound, bound)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:

@@ -41,6 +41,8 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
         report["note"] = "the model has no feedforward layer: there is nothing to run, so its relative time is 0"
         metrics = {f"ff/cpu/{prefix}rel_time": 0.0 for prefix in ("", *(f"{point.label}/" for point in config.points))}
     else:
+        if candidate.settings.output_bias:
+            report["note"] = "timed without the output bias"
         if candidate.settings.variant == "random_routing":
             report["note"] = "timed along the paths that the weights choose, as many nodes as the hashed ones"
         for number, point in enumerate(config.points):
@@ -88,7 +90,7 @@ def _rows(point: BenchmarkPoint, compared: Comparison, candidate: FeedForwardLay
     common = point.model_dump(mode="json") | {"device": "cpu", "direction": "forward", "suite": "layer", "load": compared.load}
     return [
         common
-        | {"layout": layers[row["side"]].shape.layout, "hidden": layers[row["side"]].w_in.shape[-1], "role": row["side"]}
+        | {"layout": layers[row["side"]].shape.layout, "hidden": layers[row["side"]].hidden_size, "role": row["side"]}
         | row
         | {"best": row["implementation"] == chosen[row["side"]]}
         for row in compared.rows

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 
 from fffsweep.pipeline.feedforward import FeedForwardLayer, auxiliary_loss
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
+from fffsweep.pipeline.variants import make_feedforward
 
 
 class FffConfig(PreTrainedConfig):
@@ -115,7 +116,7 @@ class Layer(nn.Module):
         self.feedforward: FeedForwardLayer | None = None
         if settings.variant != "none":
             self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.feedforward = FeedForwardLayer(settings, config.hidden_size, index)
+            self.feedforward = make_feedforward(settings, config.hidden_size, index)
 
     def forward(self, x: Tensor, mask: Tensor | None, input_ids: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask))

@@ -33,7 +33,7 @@ def make_optimizer(model: nn.Module, recipe: AdamSettings) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (kept if parameter.dim() < 2 or name.endswith((".b_in", ".bias")) else decayed).append(parameter)
+        (kept if parameter.dim() < 2 or name.endswith(("b_in", "bias")) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -214,6 +214,8 @@ class Pretraining:
             "params/feedforward": sum(
                 each.numel() for layer in self.model.modules() if isinstance(layer, FeedForwardLayer) for each in layer.parameters()
             ),
+            "ff/width": self.config.model.feedforward.width,
+            "ff/active_width": self.config.model.feedforward.active_width,
             "time/train_s": at.elapsed_s,
             "time/tokens_per_s": at.sequences * self.corpus.shape[1] / at.elapsed_s,
             "memory/peak_rss_bytes": optimisation.peak_rss_bytes(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model, field_serializer
 
@@ -77,10 +77,16 @@ else:
     FinetuneOverride = _like("FinetuneOverride", FinetuneRecipe, optional=True)
 
 
+class SweepFeedForward(FeedForwardDefaults):
+    """What every layout has in common. variant: which kind of fast feedforward layer the layouts are."""
+
+    variant: Literal["fff", "original_fff"] = "fff"
+
+
 class SweepModel(ModelSettings):
     """The encoder that all trials share; `feedforward` holds what every layout has in common."""
 
-    feedforward: FeedForwardDefaults = FeedForwardDefaults()  # type: ignore[assignment]
+    feedforward: SweepFeedForward = SweepFeedForward()  # type: ignore[assignment]
 
 
 class SweepFinetune(FinetuneRecipe):

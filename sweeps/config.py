@@ -101,6 +101,21 @@ class SweepConfig(Settings):
                 "benchmark_cpu",
             )
 
+        kind = self.model_settings("fff", TreeShape(1, 1)).feedforward
+        for index, text in enumerate(self.controls):
+            if kind.variant == "original_fff" and text.startswith("random_routing"):
+                raise Misfit(
+                    f"controls[{index}]={text} with model.feedforward.variant original_fff: random routing is a control of variant fff; "
+                    "remove it",
+                    *("controls", index),
+                )
+        if self.stages.benchmark_cpu is not None and (kind.variant == "original_fff" or kind.master_leaf):
+            raise Misfit(
+                f"stages.benchmark_cpu with model.feedforward.variant {kind.variant}, master_leaf {kind.master_leaf}: the kernels compute "
+                "variant fff without a master leaf; leave benchmark_cpu out",
+                *("stages", "benchmark_cpu"),
+            )
+
         layer = self.stages.benchmark_cpu.layer if self.stages.benchmark_cpu is not None else None
         if layer is not None and layer >= self.model.num_layers:
             raise Misfit(
@@ -163,9 +178,14 @@ class SweepConfig(Settings):
         return self.stages.finetune.tasks
 
     def model_settings(self, variant: str, shape: TreeShape | None = None, point: Mapping[str, Any] = NOTHING) -> ModelSettings:
-        """The encoder with this feedforward layer and a point's values; what a variant does not have is left out of its settings."""
+        """The encoder with this feedforward layer and a point's values; what a variant does not have is left out of its settings.
+
+        `fff` is the kind of tree that the config says; a layer asked for as `dense` has the neurons of `shape` and no master leaf.
+        """
         model = lay_over(self.model.resolved(), "model", point)
-        layer = {**model["feedforward"], "variant": variant}
+        layer = model["feedforward"]
+        if variant != "fff":
+            layer = {**layer, "variant": variant, "master_leaf": 0 if variant == "dense" else layer["master_leaf"]}
         if shape is not None:
             layer |= {"trees": shape.trees, "depth": shape.depth}
         return ModelSettings.model_validate({**model, "feedforward": layer})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _PRETRAIN = (
     *("mlm/validation_loss", "mlm/validation_accuracy", "mlm/train_loss"),
     *("params/total", "params/feedforward", "memory/peak_rss_bytes", "time/tokens_per_s", "time/train_s"),
-    *("tree/leaf_entropy", "tree/dead_nodes"),
+    *("tree/leaf_entropy", "tree/dead_nodes", "ff/width", "ff/active_width"),
 )
 _BENCHMARK = ("rel_time", "ns_per_token")
 

@@ -167,9 +167,9 @@ def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: _
 def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[float, float, str]:
     """Seconds from the multiply-adds of training at a rate typical of one core, bytes from the parameters."""
     settings, name = stage.run.config, stage.run.stage
-    model, shape = trial.spec.model, trial.spec.model.feedforward.shape
-    stored = shape.width if shape else 0
-    used = stored if shape is None or model.feedforward.execution == "masked" else shape.active_width
+    model, layer = trial.spec.model, trial.spec.model.feedforward
+    stored = layer.width
+    used = stored if layer.execution == "masked" or layer.variant == "original_fff" else layer.active_width
     hidden, vocabulary = model.hidden_size, int(getattr(config.stages.prepare, "vocabulary_size", 2**15))
     token_macs = model.num_layers * (4 * hidden**2 + 2 * hidden * (model.sequence_length + used)) + hidden * vocabulary / 4
     num_bytes = _GUESS_BYTES.get(name, 4.0 * (model.num_layers * (4 * hidden**2 + 2 * hidden * stored) + hidden * vocabulary))

@@ -146,5 +146,5 @@ def _controlled(config: SweepConfig, control: Control) -> ModelSettings:
         return config.model_settings("none")
     shape = parse_layout(control.layout or "")
     if control.kind == "dense_active":
-        return config.model_settings("dense", TreeShape(shape.active_width, 0))
+        return config.model_settings("dense", TreeShape(config.model_settings("fff", shape).feedforward.active_width, 0))
     return config.model_settings("random_routing", shape)

@@ -49,11 +49,14 @@ class BenchmarkCpu:
     """Artifact: `benchmark.json`, one row for each implementation, side and point."""
 
     name: ClassVar[str] = "benchmark_cpu"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/layer_timing.py",
         "pipeline/model.py",
         "pipeline/feedforward.py",
+        "pipeline/node_trees.py",
+        "pipeline/leaf_trees.py",
+        "pipeline/variants.py",
         "pipeline/optimisation.py",
         "pipeline/data/prepared.py",
         "pipeline/tasks.py",

@@ -61,11 +61,14 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
         "pipeline/model.py",
         "pipeline/feedforward.py",
+        "pipeline/node_trees.py",
+        "pipeline/leaf_trees.py",
+        "pipeline/variants.py",
         "pipeline/optimisation.py",
         "pipeline/schedules.py",
         "pipeline/metrics.py",

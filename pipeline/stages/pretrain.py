@@ -78,12 +78,15 @@ class Pretrain:
     """Artifacts: `model/` (transformers folder with the tokenizer), `curve.jsonl`, and `tree_health.json` for layers with trees."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/masking.py",
         "pipeline/model.py",
         "pipeline/feedforward.py",
+        "pipeline/node_trees.py",
+        "pipeline/leaf_trees.py",
+        "pipeline/variants.py",
         "pipeline/optimisation.py",
         "pipeline/schedules.py",
         "pipeline/tree_health.py",

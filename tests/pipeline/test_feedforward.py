@@ -7,8 +7,10 @@ import torch
 
 from fffsweep.kernels import torch_forms
 from fffsweep.kernels.shape import TreeShape
-from fffsweep.pipeline.feedforward import FeedForwardLayer, auxiliary_loss, hashed_paths, imbalance
+from fffsweep.pipeline.feedforward import auxiliary_loss
 from fffsweep.pipeline.model_settings import FeedForward
+from fffsweep.pipeline.node_trees import hashed_paths, imbalance
+from fffsweep.pipeline.variants import make_feedforward
 
 HIDDEN = 12
 VARIANTS = {
@@ -20,6 +22,9 @@ VARIANTS = {
     "fff_leaky": {"variant": "fff", "trees": 3, "depth": 1, "activation": "leaky_relu"},
     "fff_balanced": {"variant": "fff", "trees": 2, "depth": 3, "load_balancing": 0.3},
     "fff_balanced_masked": {"variant": "fff", "trees": 2, "depth": 3, "load_balancing": 0.3, "execution": "masked"},
+    "fff_master": {"variant": "fff", "trees": 2, "depth": 3, "master_leaf": 3, "output_bias": True},
+    "fff_master_masked": {"variant": "fff", "trees": 1, "depth": 3, "master_leaf": 1, "output_bias": True, "execution": "masked"},
+    "dense_output_bias": {"variant": "dense", "trees": 10, "output_bias": True},
     "random_cmm": {"variant": "random_routing", "trees": 2, "depth": 3},
     "random_masked": {"variant": "random_routing", "trees": 2, "depth": 3, "execution": "masked"},
 }
@@ -30,7 +35,7 @@ STRAIGHT = {
 
 
 def layer_of(fields, dtype=torch.float64, seed=0):
-    layer = FeedForwardLayer(FeedForward.model_validate(fields), HIDDEN, layer=1).to(dtype)
+    layer = make_feedforward(FeedForward.model_validate(fields), HIDDEN, layer=1).to(dtype)
     torch.manual_seed(seed)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -53,6 +58,11 @@ def slow_output(layer, x, ids):
             for node in visited[token, tree].tolist():
                 logit = x[token] @ layer.w_in[tree, node] + (0 if layer.b_in is None else layer.b_in[tree, node])
                 y[token] += act[layer.settings.activation](logit) * layer.w_out[tree, node]
+        for neuron in range(layer.settings.master_leaf):
+            logit = x[token] @ layer.master_in[neuron] + (0 if layer.master_bias is None else layer.master_bias[neuron])
+            y[token] += act[layer.settings.activation](logit) * layer.master_out[neuron]
+        if layer.output_bias is not None:
+            y[token] += layer.output_bias
     return y
 
 
@@ -202,7 +212,7 @@ def test_lowering_the_penalty_evens_the_tree_out():
 )
 def test_initial_weights(init, deviation_in, deviation_out):
     torch.manual_seed(0)
-    layer = FeedForwardLayer(FeedForward(variant="fff", trees=4, depth=8, init=init), 128, layer=0)
+    layer = make_feedforward(FeedForward(variant="fff", trees=4, depth=8, init=init), 128, layer=0)
     layer.reset(0.02)
     layer.requires_grad_(False)
     for weight, deviation in ((layer.w_in, deviation_in), (layer.w_out, deviation_out)):
@@ -219,3 +229,23 @@ def test_settings_that_a_variant_does_not_read_leave_it_equal():
     assert settings(variant="none", trees=5, activation="relu") == settings(variant="none")
     assert settings(variant="random_routing", depth=2, load_balancing=1) == settings(variant="random_routing", depth=2)
     assert settings(variant="fff", depth=2, routing_seed=3) == settings(variant="fff", depth=2)
+    assert settings(variant="fff", depth=2, leaf_width=3, hardening=2, transposition=0.1) == settings(variant="fff", depth=2)
+    assert settings(variant="fff", trees=5, depth=0, master_leaf="2") == settings(variant="dense", trees=7)
+    assert settings(variant="original_fff", trees=5, depth=0, leaf_width=4, master_leaf=2) == settings(variant="dense", trees=22)
+    with pytest.raises(ValueError, match="master_leaf=2: every neuron is used anyway"):
+        settings(variant="dense", trees=5, master_leaf=2)
+
+
+def test_widths_count_master_leaf_and_routers():
+    plain = FeedForward(variant="fff", trees=2, depth=3)
+    assert (plain.width, plain.active_width) == (30, 8)
+    with_master = FeedForward(variant="fff", trees=2, depth=3, master_leaf=5)
+    assert (with_master.width, with_master.active_width) == (35, 13)
+    original = FeedForward(variant="original_fff", trees=2, depth=3, leaf_width=4, master_leaf=5)
+    assert (original.width, original.active_width) == (2 * (7 + 8 * 4) + 5, 2 * (3 + 4) + 5)
+    assert FeedForward(variant="none").width == FeedForward(variant="none").active_width == 0
+
+
+def test_timing_a_layer_that_no_kernel_computes_is_refused():
+    with pytest.raises(ValueError, match="master_leaf=3: no kernel"):
+        layer_of(VARIANTS["fff_master"]).weights()

@@ -18,6 +18,9 @@ VARIANTS = {
     "fff": {"variant": "fff", "trees": 2, "depth": 3},
     "masked": {"variant": "fff", "trees": 2, "depth": 3, "execution": "masked"},
     "straight": {"variant": "fff", "trees": 2, "depth": 3, "routing_gradient": "straight_through", "load_balancing": 0.01},
+    "leaky": {"variant": "fff", "trees": 2, "depth": 3, "activation": "leaky_relu"},
+    "master": {"variant": "fff", "trees": 2, "depth": 3, "master_leaf": 4, "output_bias": True, "init": "fan"},
+    "original": {"variant": "original_fff", "trees": 2, "depth": 2, "leaf_width": 3, "output_bias": True, "hardening": 0.01},
     "none": {"variant": "none"},
     "random": {"variant": "random_routing", "trees": 2, "depth": 3},
 }
@@ -41,6 +44,13 @@ def run(config, context):
     return {name: value for name, value in metrics.items() if not name.startswith(timing)}
 
 
+NUM_FEEDFORWARD = {
+    "none": 0,
+    "master": 34 * (32 + 1 + 32) + 32,
+    "original": 2 * (3 * (32 + 1) + 4 * (3 * (32 + 1 + 32) + 32)),
+}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_and_leaves_its_artifacts(name, new_context):
     context = new_context()
@@ -49,7 +59,8 @@ def test_every_variant_learns_and_leaves_its_artifacts(name, new_context):
     assert metrics["mlm/unigram_loss"] == pytest.approx(np.log(91), abs=0.1)
     assert metrics["mlm/tokens"] == 150 * 8 * 16
     assert 0 < metrics["mlm/validation_accuracy"] < 1
-    assert metrics["params/feedforward"] == (0 if name == "none" else 2 * 30 * (32 + 1 + 32))
+    assert metrics["params/feedforward"] == 2 * NUM_FEEDFORWARD.get(name, 30 * (32 + 1 + 32))
+    assert metrics["ff/active_width"] == {"dense": 30, "none": 0, "master": 12, "original": 10}.get(name, 8)
     assert metrics["params/total"] == 96 * 32 + 1 + 2 * (4 * 32 * 32 + 2 * 32) + 2 * 64 + metrics["params/feedforward"] + (
         0 if name == "none" else 2 * 64
     )
@@ -219,7 +230,7 @@ def test_tree_health_counts_every_visit(new_context):
         assert (usage == 0).sum() <= layer["dead_nodes"] < 30
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_hundred_sentences_are_learned_by_heart(name, new_context):
     """A hundred sequences under one mask: every variant can bring the loss to nearly nothing."""

@@ -93,6 +93,12 @@ def test_counts_in_overrides_and_yaml(path, text):
         (["controls=[none]"], "stages.benchmark_cpu without the control reference_dense"),
         (["controls[2]=reference_dense(8)"], "controls: more than one reference_dense"),
         (["controls[2]=none"], "controls[2]=none: given twice"),
+        (
+            ["model.feedforward.variant=original_fff", "controls[1]=random_routing"],
+            "controls[1]=random_routing with model.feedforward.variant",
+        ),
+        (["model.feedforward.variant=original_fff"], "stages.benchmark_cpu with model.feedforward.variant original_fff"),
+        (["model.feedforward.master_leaf=4"], "stages.benchmark_cpu with model.feedforward.variant fff, master_leaf 4"),
         (["controls[1]=non"], "controls[1]: control 'non': expected "),
         (["model.num_heads=5"], "model: hidden_size=32 with num_heads=5: heads must divide hidden_size; possible: 1, 2, 4, 8, 16, 32"),
         (["layouts=[1x]"], "layouts[0]: layout '1x': expected trees x depth"),

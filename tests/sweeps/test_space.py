@@ -137,3 +137,12 @@ def test_controls_parse_and_print(text, control):
 def test_what_is_no_control(text):
     with pytest.raises(ValueError, match=r"control .*expected"):
         parse_control(text)
+
+
+def test_layouts_of_the_original_kind_and_controls_of_their_active_width():
+    kind = {"variant": "original_fff", "leaf_width": 4, "master_leaf": 2}
+    model = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "feedforward": kind}
+    original, active, none = expand(config_of(["2x3"], ["dense_active", "none"], model=model))
+    assert (original.model.feedforward.variant, original.model.feedforward.leaf_width) == ("original_fff", 4)
+    assert (active.id, active.model.feedforward.variant, active.model.feedforward.trees) == ("dense_active(2x3)", "dense", 2 * (3 + 4) + 2)
+    assert none.model.feedforward.variant == "none"
