@@ -41,7 +41,7 @@ class Checkpoints:
         target = self.folder / f"step-{step:012d}-{_digest(aside)}.pt"
         aside.replace(target)
         for old in self._files()[KEPT:]:
-            old.unlink()
+            old.unlink(missing_ok=True)
         self._last = time.monotonic()
         return target
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fffsweep.pipeline.lease import Claim, Lease, LeaseHeld
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.stage import Metrics, StageContext, StageRun, get_stage
 from fffsweep.pipeline.store import Manifest, Store
@@ -28,12 +27,15 @@ def execute(
     report: Callable[[dict[str, Any]], None] = lambda _: None,
     stop_requested: Callable[[], bool] = lambda: False,
     device: str = "cpu",
+    claim: Claim | None = None,
 ) -> Manifest:
     """Result of `run`: the stored one if its key is known, else the stage is run here and published.
 
     A killed attempt's checkpoints wait in the key's work folder, which is removed when the result is published.
-    Raises KeyBusy if another live process runs the same key, StopRequested if the stage was asked to stop and saved itself,
-    ValueError if the stage returned metrics that are not finite, and whatever the stage raises.
+    `claim` says for whom it is run: a later attempt of the same sweep takes the key over from an earlier one, which may live on unseen
+    on a host that was cut off; that one then ends without touching anything.
+    Raises KeyBusy if another live process runs the same key, LeaseLost if one took it over, StopRequested if the stage was asked to
+    stop and saved itself, ValueError if the stage returned metrics that are not finite, and whatever the stage raises.
     """
     if store.has(run.key):
         return store.get(run.key)
@@ -41,14 +43,20 @@ def execute(
     config = stage.Config.model_validate(run.config)
     threads = stage.resources(config).cpus
     work = store.work_path(run.key)
-    with _owning(work):
+    with _owning(work, claim) as lease:
         if store.has(run.key):
+            shutil.rmtree(work, ignore_errors=True)
             return store.get(run.key)
-        inputs = {role: store.checkout(key, work / "inputs" / role) for role, key in run.inputs.items()}
+        own = work / f"attempt-{lease.token}"
+        inputs = {role: store.checkout(key, own / "inputs" / role) for role, key in run.inputs.items()}
         upstream = {role: store.get(key) for role, key in run.inputs.items()}
-        output = work / "output"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
+        output = own / "output"
+        output.mkdir(parents=True)
+
+        def stop_or_lost() -> bool:
+            lease.require()
+            return stop_requested()
+
         started_at, start = time.time(), time.monotonic()
         where = {**provenance(), "data": _data_fingerprint(run, upstream.values()), "threads": threads, "device": device}
         context = StageContext(
@@ -60,14 +68,15 @@ def execute(
             threads=threads,
             device=device,
             report=report,
-            stop_requested=stop_requested,
+            stop_requested=stop_or_lost,
         )
         context.work.mkdir(exist_ok=True)
         with _torch_threads(threads), _naming_absent(upstream.values()):
             metrics = _finite(stage.run(config, context), run.stage)
         duration_s = time.monotonic() - start
+        lease.require(now=True)
         manifest = store.publish(run, metrics, output, where, started_at, duration_s)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 
@@ -83,18 +92,18 @@ def _data_fingerprint(run: StageRun, upstream: Iterable[Manifest]) -> str | None
 
 
 @contextlib.contextmanager
-def _owning(work: Path) -> Iterator[None]:
-    """Hold the work folder of a key. The lock goes with the process, so a killed owner leaves none behind."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work.parent / f"{work.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise KeyBusy(f"{work.name} is being run by another process") from None
-        work.mkdir(parents=True, exist_ok=True)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+def _owning(work: Path, claim: Claim | None = None) -> Iterator[Lease]:
+    """Hold the work folder of a key, and clear it of what earlier attempts left but their checkpoints."""
+    try:
+        lease = Lease(work / "lease", claim)
+    except LeaseHeld as error:
+        raise KeyBusy(f"{work.name} is being run by {error}") from None
+    try:
+        for leftover in work.glob("attempt-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield lease
+    finally:
+        lease.release()
 
 
 @contextlib.contextmanager

@@ -22,11 +22,16 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run of a stage occupies. `exclusive` asks for a node that runs nothing else meanwhile, as timings need."""
+    """What one run of a stage occupies. `exclusive` asks for a node that runs nothing else meanwhile, as timings need.
+
+    memory_bytes, timeout_s: a run that takes more is ended; None for no limit.
+    """
 
     cpus: int = 1
     gpus: float = 0.0
     exclusive: bool = False
+    memory_bytes: int | None = None
+    timeout_s: float | None = None
 
 
 class StopRequested(Exception):

@@ -16,6 +16,7 @@ from fffsweep.pipeline.stages.pretrain import PretrainConfig
 from fffsweep.sweeps.blocks import ControlText, Depths, Layout, Name, Seeds, Stages, SweepModel, Width
 from fffsweep.sweeps.config_errors import Misfit, explain, nearest_first
 from fffsweep.sweeps.controls import Control, parse_control
+from fffsweep.sweeps.limits import ON_GPU, StageLimits, StageName
 from fffsweep.sweeps.objectives import metrics_of, unknown_metric
 from fffsweep.sweeps.search import Sampler, Search, check_search, lay_over, searchable_shapes
 from fffsweep.sweeps.yaml_source import ConfigError, Source, read_source
@@ -28,7 +29,7 @@ NOTHING: Mapping[str, Any] = {}
 class SweepConfig(Settings):
     """One sweep. The space is `layouts`, or every `depth` at about one `width`.
 
-    retries: how often a stage run is tried again after a fault of the machine.
+    resources: what the runs of single stages may take. retries: how often a run is tried again after a fault of the machine.
     """
 
     name: Name
@@ -43,6 +44,7 @@ class SweepConfig(Settings):
     sampler: Sampler = "grid"
     search: Search | None = None
     seeds: Seeds = Seeds()
+    resources: dict[StageName, StageLimits] = Field(default_factory=dict)
     retries: Count = Field(default=2, ge=0)
 
     @model_validator(mode="after")
@@ -51,6 +53,7 @@ class SweepConfig(Settings):
         self._check_controls()
         self._check_tasks()
         check_search(self)
+        self._check_resources()
         for metric in self.objectives:
             if metric not in metrics_of(self):
                 raise Misfit(unknown_metric(metric, metrics_of(self)), "objectives", metric)
@@ -152,6 +155,24 @@ class SweepConfig(Settings):
             except ValidationError as error:
                 message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
                 raise Misfit(f"stages.finetune for task {task}: {message}", "stages", "finetune", "overrides", task) from None
+
+    def _check_resources(self) -> None:
+        for stage, limits in self.resources.items():
+            if limits.gpus and stage not in ON_GPU:
+                raise Misfit(
+                    f"resources.{stage}.gpus={limits.gpus:g}: this stage computes on CPUs; expected 0, GPUs are for {' and '.join(ON_GPU)}",
+                    *("resources", stage, "gpus"),
+                )
+            threads = getattr(getattr(self.stages, stage, None), "cpus", 1)
+            if limits.cpus is not None and limits.cpus < threads:
+                raise Misfit(
+                    f"resources.{stage}.cpus={limits.cpus}: expected at least {threads}, its threads by stages.{stage}.cpus; leave it out",
+                    *("resources", stage, "cpus"),
+                )
+
+    def limits_of(self, stage: str) -> StageLimits:
+        """Resources that the config gives to a stage."""
+        return next((limits for name, limits in self.resources.items() if name == stage), StageLimits())
 
     @property
     def target_width(self) -> int:

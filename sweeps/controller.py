@@ -16,17 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from fffsweep.pipeline.lease import Claim
+from fffsweep.pipeline.stage import Resources
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
-from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, RayExecutor
+from fffsweep.sweeps.executors import Event, Executor, InlineExecutor
 from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
+from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
 from fffsweep.sweeps.space import expand
 
 _POLL_S = 0.5
 _RETRY_WAIT_S = 2.0  # doubles with every attempt
+_RANKS = 10**9  # attempts that a driver may make before its ranks reach those of the next one
 _DONE = ("complete", "reused")
 
 
@@ -65,7 +69,7 @@ def run_sweep(config: SweepConfig, results: Path, listener: Listener, executor: 
     check_writable(results)
     lease = Lease(folder)
     try:
-        return Controller(config, plans, results, folder, listener, executor, address, stored).run()
+        return Controller(config, plans, results, folder, listener, executor, address, stored, lease).run()
     finally:
         lease.release()
 
@@ -99,8 +103,9 @@ class Controller:
         executor: str,
         address: str | None,
         stored: dict[str, object] | None,
+        lease: Lease,
     ) -> None:
-        self._config, self._listener = config, listener
+        self._config, self._listener, self._lease = config, listener, lease
         self._executor_name, self._address = executor, address
         self._store = Store(results / "store")
         self._record = Record(folder, config, [TrialState(plan, [StageState(planned) for planned in plan.stages]) for plan in plans])
@@ -112,17 +117,19 @@ class Controller:
         for trial in self._record.trials:
             for stage in trial.stages:
                 self._by_key[stage.planned.run.key].append((trial, stage))
-        self._running: dict[str, int] = {}  # key -> CPUs it occupies
+        self._running: dict[str, Resources] = {}
         self._shared, self._alone = ReadyRuns(self._is_ready), ReadyRuns(self._is_ready)
         self._attempts: dict[str, int] = defaultdict(int)
         self._not_before: dict[str, float] = {}
+        self._told: dict[str, str] = {}
         self._num_run = 0
         self._stopping = False
         self._next_update = 0.0
 
     def run(self) -> Outcome:
         start = time.monotonic()
-        self._stop_file.unlink(missing_ok=True)
+        for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
+            left.unlink(missing_ok=True)
         self._reuse()
         self._record.event("started", executor=self._executor_name)
         self._save(force=True)
@@ -165,6 +172,9 @@ class Controller:
         executor = self._start_executor()
         try:
             while True:
+                self._lease.require()
+                if not self._stopping and self._stop_file.exists():
+                    self._stop()
                 if not self._stopping:
                     self._submit_ready(executor)
                 if not self._running and (self._stopping or self._is_over()):
@@ -176,34 +186,41 @@ class Controller:
             executor.close()
 
     def _start_executor(self) -> Executor:
+        claim = Claim(self._config.name, self._lease.epoch * _RANKS)
         if self._executor_name == "inline":
-            return InlineExecutor(self._store, self._stop_file, self._handle)
-        return RayExecutor(self._store, self._stop_file, self._address)
+            return InlineExecutor(self._store, self._stop_file.exists, self._handle, claim)
+        return RayExecutor(self._store, self._stop_file, self._address, claim)
 
     def _submit_ready(self, executor: Executor) -> None:
-        """Fill the free CPUs, first trials first. A run that needs a whole node waits until nothing else can be started."""
-        now = time.monotonic()
+        """Fill what is free, first trials first. A run that needs a whole node waits until nothing else can be started, unless nodes are
+        kept for such runs."""
+        now, capacity = time.monotonic(), executor.capacity
 
         def accept(key: str) -> bool | None:
-            free = executor.num_cpus - sum(self._running.values())
-            if free <= 0:
-                return None
-            resources = self._planned(key).resources
-            cpus = executor.num_cpus if resources.exclusive else min(resources.cpus, executor.num_cpus)
-            if self._not_before.get(key, 0) > now or cpus > free:
-                return False
-            self._running[key] = cpus
+            if self._not_before.get(key, 0) > now or not capacity.has_room(self._resources(key), self._running.values()):
+                return None if capacity.is_full(self._running.values()) else False
+            self._running[key] = self._resources(key)
             return True
 
-        for key in (self._shared if self._shared or self._running else self._alone).take(accept):
-            self._attempts[key] += 1
-            for trial, stage in self._by_key[key]:
-                stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
-            self._record.event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
-            executor.submit(self._planned(key).run, self._planned(key).resources)
+        for key in self._shared.take(accept):
+            self._submit(key, executor)
+        if capacity.num_bench or not self._shared:
+            for key in self._alone.take(accept):
+                self._submit(key, executor)
+
+    def _submit(self, key: str, executor: Executor) -> None:
+        self._attempts[key] += 1
+        for trial, stage in self._by_key[key]:
+            stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
+        self._record.event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
+        executor.submit(self._planned(key).run, self._running[key])
 
     def _queue_of(self, key: str) -> ReadyRuns:
         return self._alone if self._planned(key).resources.exclusive else self._shared
+
+    def _resources(self, key: str) -> Resources:
+        planned = self._planned(key)
+        return self._config.limits_of(planned.run.stage).applied(planned.resources)
 
     def _is_ready(self, key: str) -> bool:
         if self._state(key) != "waiting" or key in self._running:
@@ -243,13 +260,19 @@ class Controller:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
         planned = self._planned(event.key)
         self._record.event("failed", key=event.key, fault=event.fault, message=event.message)
-        retry = event.fault in ("infrastructure", "damaged") and self._attempts[event.key] <= self._config.retries
+        if event.fault in ("busy", "preempted"):  # nobody's fault, so no try is lost
+            self._attempts[event.key] -= 1
+        retries = self._config.limits_of(planned.run.stage).retries
+        retry = event.fault != "code" and self._attempts[event.key] <= (self._config.retries if retries is None else retries)
         if retry and event.damaged_key is not None:
             self._store.forget(event.damaged_key)
             self._set_state(event.damaged_key, "waiting")
         if retry:
-            self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")
-            self._not_before[event.key] = time.monotonic() + min(_RETRY_WAIT_S * 2 ** (self._attempts[event.key] - 1), 60.0)
+            if self._told.get(event.key) != event.message:
+                self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")
+            self._told[event.key] = event.message
+            wait_s = 0 if event.fault == "preempted" else _RETRY_WAIT_S * 2 ** max(0, self._attempts[event.key] - 1)
+            self._not_before[event.key] = time.monotonic() + min(wait_s, 60.0)
             self._set_state(event.key, "waiting")
             return
         self._listener.say(f"{planned.label} failed: {last_line(event.message)}")
@@ -302,6 +325,11 @@ class Controller:
             self._listener.update(self._record, len(self._running))
             self._next_update = time.monotonic() + 20 * (time.monotonic() - start)
 
+    def _stop(self) -> None:
+        self._stopping = True
+        self._stop_file.touch()
+        self._listener.say("stopping: running stages save their state; the same command goes on from there")
+
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """On SIGINT or SIGTERM stages save themselves and the sweep ends resumable; a second signal ends it at once."""
@@ -309,9 +337,7 @@ class Controller:
         def stop(number: int, frame: FrameType | None) -> None:
             if self._stopping:
                 raise KeyboardInterrupt
-            self._stopping = True
-            self._stop_file.touch()
-            self._listener.say("stopping: running stages save their state; the same command goes on from there")
+            self._stop()
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

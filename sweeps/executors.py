@@ -1,27 +1,37 @@
-"""Where stage runs are executed: in this process, or as tasks on a Ray cluster. The one importer of ray."""
+"""Where stage runs are executed, and how their end is told; here in this process, in `ray_executor` as tasks on a cluster."""
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
+import shutil
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fffsweep.pipeline.execute import KeyBusy, execute
+from fffsweep.pipeline.lease import Claim, LeaseLost
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.sweeps.watchdog import alarmed
 
 EventKind = Literal["progress", "finished", "failed", "stopped"]
-Fault = Literal["code", "infrastructure", "damaged"]
+# code: the stage itself, trying again would do the same. infrastructure: what it runs on. damaged: a result that it reads.
+# busy: another sweep runs the same key. preempted: its node is taken away, and it has saved itself.
+Fault = Literal["code", "infrastructure", "damaged", "busy", "preempted"]
+
+_MACHINE_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "EREMOTEIO")
+)
+_FULL_BYTES = 2**20  # a disk with less free space than this is full
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a submitted run. `fault` says who is to blame for a failure: only infrastructure faults are worth another try."""
+    """What became of a submitted run. `fault` says who is to blame for a failure: those of the code alone are final."""
 
     key: str
     kind: EventKind
@@ -32,10 +42,40 @@ class Event:
     damaged_key: str | None = None
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """What an executor has to run on. `bench` says that exclusive runs have nodes of their own, apart from these CPUs."""
+
+    cpus: int
+    gpus: float = 0.0
+    node_cpus: int = 1
+    num_bench: int = 0
+
+    def has_room(self, wanted: Resources, running: Collection[Resources]) -> bool:
+        """Whether `wanted` can be started beside what is running."""
+        if wanted.exclusive and self.num_bench:
+            return sum(each.exclusive for each in running) < self.num_bench
+        beside = [each for each in running if not (each.exclusive and self.num_bench)]
+        cpus = sum(self._cpus(each) for each in beside) + self._cpus(wanted)
+        return cpus <= self.cpus and sum(each.gpus for each in beside) + wanted.gpus <= self.gpus
+
+    def is_full(self, running: Collection[Resources]) -> bool:
+        """Whether no run at all can be started, so that it is idle to look at more of them."""
+        exclusive = sum(each.exclusive for each in running)
+        shared = sum(self._cpus(each) for each in running if not (each.exclusive and self.num_bench))
+        return shared >= self.cpus and (not self.num_bench or exclusive >= self.num_bench)
+
+    def _cpus(self, resources: Resources) -> int:
+        return self.node_cpus if resources.exclusive else min(resources.cpus, self.cpus)
+
+
 class Executor(Protocol):
     """Runs stages somewhere. Used by one thread."""
 
-    num_cpus: int
+    @property
+    def capacity(self) -> Capacity:
+        """What there is now; nodes of a cluster come and go."""
+        ...
 
     def submit(self, run: StageRun, resources: Resources) -> None:
         """Start `run` as soon as its resources are free."""
@@ -50,114 +90,91 @@ class Executor(Protocol):
         ...
 
 
-def attempt(run: StageRun, store: Store, report: Callable[[dict[str, Any]], None], stop_file: Path, device: str = "cpu") -> Event:
+def attempt(
+    run: StageRun,
+    store: Store,
+    report: Callable[[dict[str, Any]], None],
+    stop_requested: Callable[[], bool],
+    device: str = "cpu",
+    claim: Claim | None = None,
+) -> Event:
     """Run one stage and say how it ended. Nothing but a process's death escapes."""
     worker = f"{os.uname().nodename}:{os.getpid()}"
+
+    def failed(fault: Fault, message: str, damaged_key: str | None = None) -> Event:
+        return Event(run.key, "failed", worker=worker, fault=fault, message=message, damaged_key=damaged_key)
+
     try:
-        execute(run, store, report, stop_file.exists, device)
+        execute(run, store, report, stop_requested, device, claim)
     except StopRequested:
         return Event(run.key, "stopped", worker=worker)
     except KeyBusy as error:
-        return Event(run.key, "failed", worker=worker, fault="infrastructure", message=str(error))
+        return failed("busy", str(error))
+    except LeaseLost as error:
+        return failed("infrastructure", str(error))
     except DamagedArtifact as error:
-        return Event(run.key, "failed", worker=worker, fault="damaged", message=str(error), damaged_key=error.key)
-    except (ConnectionError, TimeoutError, BlockingIOError) as error:
-        return Event(run.key, "failed", worker=worker, fault="infrastructure", message=f"{type(error).__name__}: {error}")
-    except Exception:
-        return Event(run.key, "failed", worker=worker, fault="code", message=traceback.format_exc())
+        return failed("damaged", str(error), error.key)
+    except Exception as error:
+        if _holds(store, run.key):  # another attempt published while this one ran on: its result stands
+            return Event(run.key, "finished", worker=worker)
+        if of_the_machine(error) or _is_full(store):
+            return failed("infrastructure", f"{type(error).__name__}: {error}")
+        return failed("code", traceback.format_exc())
     return Event(run.key, "finished", worker=worker)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, comes from disks or networks and not from what was asked of them."""
+    return any(
+        isinstance(each, ConnectionError | TimeoutError | BlockingIOError) or (isinstance(each, OSError) and each.errno in _MACHINE_ERRORS)
+        for each in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _holds(store: Store, key: str) -> bool:
+    try:
+        return store.has(key)
+    except OSError:
+        return False
+
+
+def _is_full(store: Store) -> bool:
+    """Whether nothing can be written any more; libraries hide the operating system's reason when they fail to write."""
+    try:
+        return shutil.disk_usage(store.root).free < _FULL_BYTES
+    except OSError:
+        return True
 
 
 class InlineExecutor:
     """One run after another in this process: a laptop, an HPC node, an air-gapped GPU box."""
 
-    def __init__(self, store: Store, stop_file: Path, on_progress: Callable[[Event], None], device: str = "cpu") -> None:
-        self.num_cpus = len(os.sched_getaffinity(0))
-        self._store, self._stop_file, self._on_progress, self._device = store, stop_file, on_progress, device
-        self._queue: deque[StageRun] = deque()
+    def __init__(
+        self, store: Store, stop_requested: Callable[[], bool], on_progress: Callable[[Event], None], claim: Claim | None = None
+    ) -> None:
+        self.capacity = Capacity(cpus=(cpus := len(os.sched_getaffinity(0))), gpus=float("inf"), node_cpus=cpus)
+        self._store, self._stop_requested, self._on_progress, self._claim = store, stop_requested, on_progress, claim
+        self._queue: deque[tuple[StageRun, Resources]] = deque()
 
     def submit(self, run: StageRun, resources: Resources) -> None:
-        self._queue.append(run)
+        self._queue.append((run, resources))
 
     def wait(self, timeout_s: float) -> list[Event]:
         if not self._queue:
             return []
-        run = self._queue.popleft()
+        run, resources = self._queue.popleft()
         worker = f"{os.uname().nodename}:{os.getpid()}"
         self._on_progress(Event(run.key, "progress", worker=worker))
         report = lambda figures: self._on_progress(Event(run.key, "progress", figures, worker))  # noqa: E731
-        return [attempt(run, self._store, report, self._stop_file, self._device)]
+        device = "cuda" if resources.gpus else "cpu"
+        with alarmed(resources):
+            return [attempt(run, self._store, report, self._stop_requested, device, self._claim)]
 
     def close(self) -> None:
         self._queue.clear()
-
-
-class RayExecutor:
-    """Each run a Ray task with resources of its own.
-
-    Joins the cluster at `address`, or starts one on this machine. An exclusive run asks for all CPUs of a node, because Ray pins
-    nothing and a timing must not share its node.
-    """
-
-    def __init__(self, store: Store, stop_file: Path, address: str | None = None, num_cpus: int | None = None) -> None:
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
-        self._ray = ray
-        self._started_here = not ray.is_initialized()
-        if self._started_here:
-            local: dict[str, Any] = {
-                "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
-                "object_store_memory": 100 * 2**20,
-                "include_dashboard": False,
-            }
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
-        self._node_cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        self.num_cpus = int(ray.cluster_resources()["CPU"])
-        self._store, self._stop_file = store, stop_file
-        self._progress: Any = ray.remote(num_cpus=0)(_ProgressBoard).remote()
-        self._task = ray.remote(max_retries=0)(_ray_attempt)
-        self._running: dict[Any, str] = {}
-
-    def submit(self, run: StageRun, resources: Resources) -> None:
-        cpus = self._node_cpus if resources.exclusive else resources.cpus
-        task = self._task.options(num_cpus=cpus, num_gpus=resources.gpus, name=f"{run.stage}:{run.key[:8]}")
-        self._running[task.remote(run, self._store.root.resolve(), self._stop_file.resolve(), self._progress)] = run.key
-
-    def wait(self, timeout_s: float) -> list[Event]:
-        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s) if self._running else ([], [])
-        latest: dict[str, tuple[dict[str, Any], str]] = self._ray.get(self._progress.take.remote())
-        events = [Event(key, "progress", figures, worker) for key, (figures, worker) in latest.items()]
-        for task in ready:
-            key = self._running.pop(task)
-            try:
-                events.append(self._ray.get(task))
-            except self._ray.exceptions.RayError as error:
-                events.append(Event(key, "failed", fault="infrastructure", message=f"{type(error).__name__}: {error}"))
-        return events
-
-    def close(self) -> None:
-        if self._started_here:
-            self._ray.shutdown()
-
-
-class _ProgressBoard:
-    """Actor that holds the latest figures of each run until the driver takes them."""
-
-    def __init__(self) -> None:
-        self._latest: dict[str, tuple[dict[str, Any], str]] = {}
-
-    def put(self, key: str, figures: dict[str, Any], worker: str) -> None:
-        self._latest[key] = (figures, worker)
-
-    def take(self) -> dict[str, tuple[dict[str, Any], str]]:
-        latest, self._latest = self._latest, {}
-        return latest
-
-
-def _ray_attempt(run: StageRun, store_root: Path, stop_file: Path, board: Any) -> Event:
-    worker = f"{os.uname().nodename}:{os.getpid()}"
-    board.put.remote(run.key, {}, worker)
-    return attempt(run, Store(store_root), lambda figures: board.put.remote(run.key, figures, worker), stop_file)

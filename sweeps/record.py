@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from fffsweep.pipeline import lease
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 
@@ -25,7 +25,7 @@ EXTENDS = (
     "seeds",
     "search.num_trials",
 )  # what may differ when a study is run again under its name
-_IRRELEVANT = ("description", "retries")  # what cannot change a result
+_IRRELEVANT = ("description", "resources", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
 
@@ -120,23 +120,24 @@ def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
 
 
 class Lease:
-    """The right to drive a study on this file system; it goes with the process that holds it."""
+    """The right to drive a study, on all hosts that share its folder."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "driver.lock").open("a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            raise ConfigError(f"study folder {folder} is driven by {owner}; wait for it, or stop it first") from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._file.flush()
+            self._lease = lease.Lease(folder / "driver")
+        except lease.LeaseHeld as error:
+            raise ConfigError(f"study folder {folder} is driven by {error}; wait for it, or stop it first") from None
+        self.epoch = self._lease.epoch  # grows with every driver of the study
+
+    def require(self) -> None:
+        """Raises ConfigError if another driver took this one for dead and the study over."""
+        try:
+            self._lease.require()
+        except lease.LeaseLost as error:
+            raise ConfigError(f"this driver was cut off for too long: {error}; it ends, the other one goes on") from None
 
     def release(self) -> None:
-        self._file.close()
+        self._lease.release()
 
 
 @dataclass

@@ -103,11 +103,19 @@ def test_pipeline_does_without(package: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize(("package", "layer"), [("mlflow", "pipeline"), ("optuna", "sweeps"), ("ray", "sweeps")])
+@pytest.mark.parametrize(("package", "layer"), [("mlflow", "pipeline"), ("optuna", "sweeps")])
 def test_heavy_packages_have_one_importer(package: str, layer: str) -> None:
     importers = {str(path) for _, path in ALL if any(found.root == package for found in imports(path))}
     assert len(importers) == 1, f"{package} is imported by {', '.join(sorted(importers)) or 'no module'}: expected one module of {layer}/"
     assert importers.pop().startswith(f"{layer}/")
+
+
+def test_ray_is_known_to_tasks_and_jobs_alone() -> None:
+    """`ray_executor` runs tasks; `submission` sends jobs. Neither is imported by what may run without Ray until it is asked for."""
+    importers = {str(path) for _, path in ALL if any(found.root == "ray" for found in imports(path))}
+    assert importers <= {"sweeps/ray_executor.py", "sweeps/submission.py"}
+    assert "sweeps/ray_executor.py" in importers
+    assert not [path for _, path in ALL for found in imports(path) if found.root == "ray" and found.at_import]
 
 
 def test_mlflow_is_known_to_tracking_alone() -> None:

@@ -20,7 +20,7 @@ from fffsweep.pipeline.stage import get_stage, stage_names
 CHECKOUT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("stage_versions.json")
 # What carries configs and results from stage to stage without having a part in what a result is.
-CARRIERS = {f"pipeline/{name}.py" for name in ("checkpoint", "machine", "model_settings", "settings", "stage", "store")}
+CARRIERS = {f"pipeline/{name}.py" for name in ("checkpoint", "lease", "machine", "model_settings", "settings", "stage", "store")}
 
 
 def meaning(path: Path) -> str:

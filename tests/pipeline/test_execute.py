@@ -9,6 +9,7 @@ import pytest
 
 from fffsweep.pipeline import stage as stage_module
 from fffsweep.pipeline.execute import KeyBusy, execute
+from fffsweep.pipeline.lease import Claim, LeaseLost
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested, get_stage
 from fffsweep.pipeline.store import Store
@@ -144,3 +145,23 @@ def test_every_result_carries_the_fingerprint_of_its_data(store):
     middle = execute(replace(run_of(upto=2), inputs={"prepare": source.key}), store)
     last = execute(replace(run_of(upto=4), inputs={"pretrain/0": middle.key}), store)
     assert [manifest.provenance["data"] for manifest in (source, middle, last)] == ["abc"] * 3
+
+
+def test_a_later_attempt_takes_the_key_over_and_the_earlier_one_publishes_nothing(store):
+    """A host that was cut off: its attempt lives on while the next one runs and publishes."""
+    published = []
+
+    class CutOff(Counter):
+        def run(self, config, context):
+            if not published:
+                published.append(None)
+                published.append(execute(run_of(), store, claim=Claim("study", 2)))
+                context.stop_requested()
+            return super().run(config, context)
+
+    sys.modules[__name__].CutOff = CutOff
+    stage_module._STAGES["counter"] = f"{__name__}:CutOff"
+    with pytest.raises(LeaseLost, match="was taken over"):
+        execute(run_of(), store, claim=Claim("study", 1))
+    assert store.get(run_of().key) == published[1]
+    assert Counter.steps == [1, 2, 3]

@@ -18,6 +18,7 @@ from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
+from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
 
@@ -111,14 +112,17 @@ class ToySweep(SimpleNamespace):
 
     identity = resolved
 
+    def limits_of(self, stage):
+        return self.limits.get(stage, StageLimits())
 
-def drive(tmp_path, layouts=("4x1", "2x2"), retries=1):
-    config = ToySweep(name="toy study", description="", objectives=OBJECTIVES, retries=retries)
+
+def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, **limits):
+    config = ToySweep(name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
     folder = study_folder(tmp_path, config.name)
     lease = Lease(folder)
     try:
         listener = Quiet()
-        outcome = Controller(config, plans_of(list(layouts)), tmp_path, folder, listener, "inline", None, load(folder)).run()
+        outcome = Controller(config, plans_of(list(layouts)), tmp_path, folder, listener, "inline", None, load(folder), lease).run()
     finally:
         lease.release()
     return outcome, listener, load(folder)
