@@ -20,7 +20,7 @@ from fffsweep.pipeline.lease import Claim
 from fffsweep.pipeline.stage import Resources
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
-from fffsweep.sweeps.executors import Event, Executor, InlineExecutor
+from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
 from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.ray_executor import RayExecutor
@@ -123,7 +123,7 @@ class Controller:
         self._not_before: dict[str, float] = {}
         self._told: dict[str, str] = {}
         self._num_run = 0
-        self._stopping = False
+        self._stopping = self._refused = False
         self._next_update = 0.0
 
     def run(self) -> Outcome:
@@ -131,7 +131,7 @@ class Controller:
         for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
             left.unlink(missing_ok=True)
         self._reuse()
-        self._record.event("started", executor=self._executor_name)
+        self._event("started", executor=self._executor_name)
         self._save(force=True)
         for trial in self._record.trials:
             self._ledger.open_trial(trial)
@@ -157,7 +157,7 @@ class Controller:
                 f"MLflow was not told of {self._ledger.num_untold} runs; "
                 f"fffsweep verify {shlex.quote(self._config.name)} --repair tells them"
             )
-        self._record.event("ended", state=self._record.state, failed=failed)
+        self._event("ended", state=self._record.state, failed=failed)
         self._save(force=True)
         return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start)
 
@@ -212,7 +212,7 @@ class Controller:
         self._attempts[key] += 1
         for trial, stage in self._by_key[key]:
             stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
-        self._record.event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
+        self._event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
         executor.submit(self._planned(key).run, self._running[key])
 
     def _queue_of(self, key: str) -> ReadyRuns:
@@ -247,7 +247,7 @@ class Controller:
     def _finished(self, event: Event) -> None:
         manifest = self._store.get(event.key)
         self._num_run += 1
-        self._record.event("finished", key=event.key, duration_s=manifest.duration_s, worker=event.worker)
+        self._event("finished", key=event.key, duration_s=manifest.duration_s, worker=event.worker)
         for trial, stage in self._by_key[event.key]:
             stage.state, stage.duration_s, stage.worker, stage.progress = "complete", manifest.duration_s, event.worker, None
             if trial.state != "complete":
@@ -259,7 +259,7 @@ class Controller:
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
         planned = self._planned(event.key)
-        self._record.event("failed", key=event.key, fault=event.fault, message=event.message)
+        self._event("failed", key=event.key, fault=event.fault, message=event.message)
         if event.fault in ("busy", "preempted"):  # nobody's fault, so no try is lost
             self._attempts[event.key] -= 1
         retries = self._config.limits_of(planned.run.stage).retries
@@ -319,11 +319,30 @@ class Controller:
         return all(trial.state in ("complete", "failed") for trial in self._record.trials)
 
     def _save(self, force: bool = False) -> None:
-        self._record.save(force)
+        with self._patiently():
+            self._record.save(force)
         start = time.monotonic()
         if force or start >= self._next_update:  # looking at a whole study costs: at most a twentieth of the time
             self._listener.update(self._record, len(self._running))
             self._next_update = time.monotonic() + 20 * (time.monotonic() - start)
+
+    def _event(self, kind: str, **facts: object) -> None:
+        with self._patiently():
+            self._record.event(kind, **facts)
+
+    @contextlib.contextmanager
+    def _patiently(self) -> Iterator[None]:
+        """Go on while the results folder refuses the record: it is written again and again, and the manifests are the truth."""
+        try:
+            yield
+        except OSError as error:
+            if not of_the_machine(error):
+                raise
+            if not self._refused:
+                self._listener.say(f"results folder: {error}; the record of this study waits until it can be written")
+            self._refused = True
+        else:
+            self._refused = False
 
     def _stop(self) -> None:
         self._stopping = True
