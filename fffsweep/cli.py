@@ -167,12 +167,20 @@ def ui(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Time CMM against DMM by itself, or with `--suite training` whole training steps; `fffsweep bench --help` lists the options."""
+    """Time CMM against DMM by itself; `--suite training` times whole training steps, `--suite orchestration` a sweep of stages that do
+    nothing; `fffsweep bench --help` lists the options, those of a suite follow its name."""
     arguments = list(context.args)
-    if "training" in arguments and arguments[(at := arguments.index("training")) - 1] == "--suite":
-        from fffsweep.pipeline.bench import main as time_training
+    suite = arguments[arguments.index("--suite") + 1 :][:1] if "--suite" in arguments else []
+    if suite in (["training"], ["orchestration"]):
+        at = arguments.index("--suite")
+        rest = arguments[:at] + arguments[at + 2 :]
+        if suite == ["training"]:
+            from fffsweep.pipeline.bench import main as time_training
 
-        return time_training(arguments[: at - 1] + arguments[at + 1 :])
+            return time_training(rest)
+        from fffsweep.sweeps.bench import main as time_orchestration
+
+        return time_orchestration(rest)
     from fffsweep.kernels.bench import main as time_kernels
 
     return time_kernels(arguments)

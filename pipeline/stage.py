@@ -125,6 +125,7 @@ _STAGES = {
     "finetune": "fffsweep.pipeline.stages.finetune:Finetune",
     "benchmark_cpu": "fffsweep.pipeline.stages.benchmark:BenchmarkCpu",
     "collect": "fffsweep.pipeline.stages.collect:Collect",
+    "noop": "fffsweep.pipeline.stages.noop:Noop",
 }
 
 
