@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 import fffsweep
+from fffsweep import store_cli
 
 if TYPE_CHECKING:
     from fffsweep.dashboards.queries import StudyView
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The texts and labelled tasks that come from package wheels.")
 app.add_typer(data_app, name="data")
+store_cli.register(app)
 
 _UsageError: type[Any] = typer.BadParameter.__mro__[2]  # typer uses the installed click or a copy of its own, by version
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,18 @@ class Store:
             artifacts[path.relative_to(output).as_posix()] = self._put_object(path)
         manifest = Manifest(run.key, run, metrics, artifacts, provenance, started_at, duration_s)
         target = self.manifest_path(run.key)
-        _write_new(target, json.dumps(manifest.to_json(), indent=1, sort_keys=True, allow_nan=False).encode())
+        _write_new(target, _plain(manifest))
         return self.get(run.key)
+
+    def adopt(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
+        """Store a result that was made elsewhere. `files`: checksum -> its bytes, for every artifact that is not absent.
+
+        Raises DamagedArtifact if a file is not what its checksum says.
+        """
+        for name, artifact in manifest.artifacts.items():
+            if not artifact.absent and self._put_object(files[artifact.sha256]).sha256 != artifact.sha256:
+                raise DamagedArtifact(f"artifact {name!r} of {manifest.run.stage} {manifest.key} is damaged", manifest.key)
+        _write_new(self.manifest_path(manifest.key), _plain(manifest))
 
     def forget(self, key: str) -> None:
         """Withdraw the manifest of a result whose artifacts are damaged, so that it is made again."""
@@ -166,6 +176,15 @@ class Store:
             aside.replace(target)
             _sync(target.parent)
         return Artifact(sha256, num_bytes)
+
+
+def is_weight(name: str) -> bool:
+    """Whether an artifact is what makes a result large: tensors, or prepared text."""
+    return name.endswith((".safetensors", ".pt", ".arrow"))
+
+
+def _plain(manifest: Manifest) -> bytes:
+    return json.dumps(manifest.to_json(), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _write_new(target: Path, data: bytes) -> None:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from fffsweep.pipeline import lease
+from fffsweep.pipeline.model_settings import ModelSettings
+from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
+from fffsweep.sweeps.space import TrialSpec
 
 SCHEMA = "fffsweep.study/1"
 EXTENDS = (
@@ -28,6 +31,17 @@ EXTENDS = (
 _IRRELEVANT = ("description", "resources", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
+
+
+@dataclass(frozen=True)
+class RecordedRun(StageRun):
+    """A stage run of which only the record is left: its name and its key, not what makes the key."""
+
+    recorded_key: str = ""
+
+    @property
+    def key(self) -> str:  # type: ignore[override]
+        return self.recorded_key
 
 
 @dataclass
@@ -51,6 +65,13 @@ class StageState:
         run = self.planned.run
         live = {name: getattr(self, name) for name in ("state", "attempts", "progress", "worker", "duration_s", "error")}
         return {"name": run.stage, "label": self.planned.label, "key": run.key, "replicate": self.planned.replicate, **live}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> StageState:
+        """The stage run as it was recorded, wherever and by whichever machine it was planned."""
+        run = RecordedRun(value["name"], 0, {}, 0, recorded_key=value["key"])
+        live = {name: value[name] for name in ("state", "attempts", "progress", "worker", "duration_s", "error")}
+        return StageState(PlannedStage(value["label"], run, Resources(), value["replicate"]), **live)
 
 
 @dataclass
@@ -79,6 +100,15 @@ class TrialState:
             "collect_key": collect.planned.run.key if collect.state in ("complete", "reused") else None,
             "stages": [stage.to_json() for stage in self.stages],
         }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TrialState:
+        """The trial as it was recorded."""
+        model = ModelSettings.model_validate(value["model"])
+        spec = TrialSpec(value["id"], value["layout"], tuple(value["controls"]), value["in_study"], model, value["params"])
+        stages = [StageState.from_json(stage) for stage in value["stages"]]
+        plan = TrialPlan(spec, tuple(stage.planned for stage in stages))
+        return TrialState(plan, stages, value["state"], value["number"], value["error"])
 
 
 def study_folder(results: Path, name: str) -> Path:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
-from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
-from fffsweep.sweeps.record import Lease, StageState, TrialState, load, study_folder
-from fffsweep.sweeps.space import expand
+from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, load, study_folder
+
+DONE = ("complete", "reused")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found: problems, a line each; what was mended of them; how much was looked at."""
+    """What was found: problems, a line each; whether they were mended; how much was looked at."""
 
     problems: tuple[str, ...]
     repaired: bool
@@ -26,62 +29,136 @@ class Findings:
 
 
 def verify(name: str, results: Path, repair: bool = False) -> Findings:
-    """Check every artifact of a study against its checksum, and MLflow and Optuna against the manifests.
+    """Check a study's record and every artifact of it, and MLflow and Optuna against the manifests.
 
-    With `repair`, damaged results are withdrawn (running the sweep again makes them anew) and MLflow and Optuna are mended.
-    Raises ConfigError if there is no such study or a driver is at work on it.
+    With `repair`, results that are damaged or not what their key says are withdrawn, the record says what is left of the study
+    (running the sweep again makes the rest anew), and MLflow and Optuna are mended or built from nothing.
+    Raises ConfigError if there is no such study, another version wrote it, or a driver is at work on it.
     """
     folder = study_folder(results, name)
     stored = load(folder)
     if stored is None:
         raise ConfigError(f"study {name!r}: there is none under {results / 'studies'}")
-    try:
-        config = SweepConfig.model_validate(stored["config"])
-    except ValidationError:
-        raise ConfigError(f"{folder / 'study.json'}: its config is of another version of fffsweep; verify it with that one") from None
+    config = config_of(stored, folder)
     lease = Lease(folder)
     try:
         store = Store(results / "store")
-        plans = build(config, expand(config))
-        problems, num_artifacts = _check_store(store, plans, repair)
-        problems += _check_projections(config, plans, results, store, repair)
+        trials = [TrialState.from_json(trial) for trial in stored["trials"]]
+        keys = list(dict.fromkeys(stage.planned.run.key for trial in trials for stage in trial.stages))
+        problems, num_artifacts = _check_store(store, keys, repair)
+        problems += _check_record(trials, store, over=stored["state"] != "running")
+        problems += _check_projections(config, trials, results, store, repair)
+        if repair and problems:
+            write_record(config, folder, trials, store, stored["created_at"])
     finally:
         lease.release()
-    return Findings(tuple(problems), repair, len({stage.run.key for plan in plans for stage in plan.stages}), num_artifacts)
+    return Findings(tuple(problems), repair, len(keys), num_artifacts)
 
 
-def _check_store(store: Store, plans: list[TrialPlan], repair: bool) -> tuple[list[str], int]:
-    problems, num_artifacts = [], 0
-    for key in dict.fromkeys(stage.run.key for plan in plans for stage in plan.stages):
-        if not store.has(key):
-            continue
+def config_of(stored: dict[str, Any], folder: Path) -> SweepConfig:
+    """The config in a study's record. Raises ConfigError if this version does not understand it."""
+    try:
+        return SweepConfig.model_validate(stored["config"])
+    except ValidationError:
+        raise ConfigError(
+            f"{folder / 'study.json'}: its config is of another version of fffsweep; use that version for this study"
+        ) from None
+
+
+def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], store: Store, created_at: float) -> None:
+    """Write a study's record anew: every stage run is done or not as the store has it, every trial as its stage runs have it."""
+    for trial in trials:
+        for stage in trial.stages:
+            if not store.has(stage.planned.run.key):
+                if stage.state != "failed":
+                    stage.state, stage.duration_s, stage.progress = "waiting", None, None
+            elif stage.state not in DONE:
+                stage.state, stage.error, stage.progress = "reused", None, None
+                stage.duration_s = store.get(stage.planned.run.key).duration_s
+        if trial.stages[-1].state in DONE:
+            trial.state, trial.error = "complete", None
+        elif trial.state != "failed":
+            trial.state = "waiting"
+    states = {trial.state for trial in trials}
+    state = "stopped" if "waiting" in states else "failed" if states == {"failed"} else "complete"
+    folder.mkdir(parents=True, exist_ok=True)
+    Record(folder, config, trials, state, created_at).save(force=True)
+
+
+def project(config: SweepConfig, trials: list[TrialState], results: Path, store: Store) -> int:
+    """Tell MLflow and Optuna everything that the store holds of these trials. Returns how much MLflow was not told."""
+    ledger = Ledger(config, results, store)
+    for trial in trials:
+        ledger.open_trial(trial)
+        for stage in trial.stages:
+            if store.has(stage.planned.run.key):
+                ledger.stage_finished(trial, stage)
+            elif stage.state == "failed":
+                ledger.stage_failed(trial, stage)
+        if store.has(trial.stages[-1].planned.run.key):
+            ledger.trial_finished(trial)
+        elif trial.state == "failed":
+            ledger.trial_failed(trial)
+    ledger.close()
+    return ledger.num_untold
+
+
+def examine(store: Store, key: str) -> tuple[Manifest | None, list[str]]:
+    """A result and what is wrong with it, a line each: it must be readable, be what its key says, and have all of its bytes."""
+    try:
         manifest = store.get(key)
-        if manifest.run.key != key:
-            problems.append(f"manifest {key} holds the result of {manifest.run.key}")
-        for artifact in manifest.artifacts:
-            num_artifacts += 1
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else "it is not a manifest"
+        return None, [f"manifest {store.manifest_path(key)} is damaged: {reason}"]
+    if manifest.key != key or manifest.run.key != key:
+        return manifest, [f"manifest {key} holds the result of {manifest.run.key}"]
+    problems = []
+    for name, artifact in manifest.artifacts.items():
+        if not artifact.absent:
             try:
-                store.read(manifest, artifact)
+                store.read(manifest, name)
             except DamagedArtifact as error:
                 problems.append(str(error))
-                if repair:
-                    store.forget(key)
+    return manifest, problems
+
+
+def _check_store(store: Store, keys: list[str], repair: bool) -> tuple[list[str], int]:
+    problems, num_artifacts = [], 0
+    for key in keys:
+        if not store.has(key):
+            continue
+        manifest, wrong = examine(store, key)
+        problems += wrong
+        num_artifacts += len(manifest.artifacts) if manifest else 0
+        if wrong and repair:
+            store.forget(key)
     return problems, num_artifacts
 
 
-def _check_projections(config: SweepConfig, plans: list[TrialPlan], results: Path, store: Store, repair: bool) -> list[str]:
-    ledger = Ledger(config, results, store)
-    trials = [TrialState(plan, [StageState(planned) for planned in plan.stages]) for plan in plans]
-    finished = [(trial, stage) for trial in trials for stage in trial.stages if store.has(stage.planned.run.key)]
-    problems = ledger.audit(finished, repair)
+def _check_record(trials: list[TrialState], store: Store, over: bool) -> list[str]:
+    """Every trial is there once, and has exactly the results that the record says."""
+    problems = [
+        f"trial {name} is {count} times in the record" for name, count in Counter(t.plan.spec.id for t in trials).items() if count > 1
+    ]
+    for trial in trials:
+        labels = Counter(stage.planned.label for stage in trial.stages)
+        problems += [f"trial {trial.plan.spec.id} has {count} stage runs {label}" for label, count in labels.items() if count > 1]
+        missing = [stage.planned.label for stage in trial.stages if stage.state in DONE and not store.has(stage.planned.run.key)]
+        problems += [f"{label} of trial {trial.plan.spec.id} is recorded as done and has no result" for label in missing]
+        if trial.state == "complete" and trial.stages[-1].state not in DONE:
+            problems.append(f"trial {trial.plan.spec.id} is recorded as complete and has no result")
+        if over and (trial.state == "running" or any(stage.state == "running" for stage in trial.stages)):
+            problems.append(f"trial {trial.plan.spec.id} is recorded as running, and no driver is at work")
+    return problems
+
+
+def _check_projections(config: SweepConfig, trials: list[TrialState], results: Path, store: Store, repair: bool) -> list[str]:
+    finished: list[tuple[TrialState, StageState]] = [
+        (trial, stage) for trial in trials for stage in trial.stages if store.has(stage.planned.run.key)
+    ]
+    problems = Ledger(config, results, store).audit(finished, repair)
     if repair and problems:
-        ledger = Ledger(config, results, store)
-        for trial in trials:
-            ledger.open_trial(trial)
-        for trial, stage in finished:
-            ledger.stage_finished(trial, stage)
-        for trial, stage in finished:
-            if stage is trial.stages[-1]:
-                ledger.trial_finished(trial)
-        ledger.close()
+        untold = project(config, trials, results, store)
+        if untold:
+            raise ConfigError(f"MLflow could not be told of {untold} runs; try again when it can be reached")
     return problems

@@ -2,10 +2,14 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from fffsweep.sweeps.config import load_config
+from fffsweep.sweeps.optuna_study import sqlite_url
 
 CONFIG = """
 name: tiny-directory
@@ -46,3 +50,44 @@ def tiny_directory_config(tmp_path_factory):
     path = folder / "tiny-directory.yaml"
     path.write_text(CONFIG.replace("PATH", str(folder)))
     return load_config(path)
+
+
+class Quiet:
+    """A listener that says nothing."""
+
+    def update(self, record, num_running):
+        pass
+
+    def say(self, line):
+        pass
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory, tiny_directory_config):
+    """Results of `tiny-directory`, run in this process. Not to be changed: `results` is a copy."""
+    from fffsweep.sweeps.controller import run_sweep
+
+    folder = tmp_path_factory.mktemp("swept") / "results"
+    assert run_sweep(tiny_directory_config, folder, Quiet(), "inline").state == "complete"
+    return folder
+
+
+@pytest.fixture
+def results(swept, tmp_path):
+    return Path(shutil.copytree(swept, tmp_path / "results"))
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory):
+    """Path of an MLflow database without experiments: making its tables takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=sqlite_url(path)).search_experiments()
+    return path
+
+
+@pytest.fixture
+def here(empty_mlflow, tmp_path):
+    """A results folder with nothing in it yet."""
+    (tmp_path / "here").mkdir()
+    shutil.copyfile(empty_mlflow, tmp_path / "here" / "mlflow.db")
+    return tmp_path / "here"

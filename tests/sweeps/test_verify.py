@@ -1,38 +1,17 @@
 """`verify` on a small real study: it finds each kind of damage, and what it mends is whole afterwards."""
 
-import shutil
+import json
 import sqlite3
-from pathlib import Path
 
 import optuna
 import pytest
+from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import ConfigError
-from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.optuna_study import sqlite_url
+from fffsweep.sweeps.record import study_folder
 from fffsweep.sweeps.verify import verify
-
-
-class Quiet:
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        pass
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, tiny_directory_config):
-    results = tmp_path_factory.mktemp("verified") / "results"
-    assert run_sweep(tiny_directory_config, results, Quiet(), "inline").state == "complete"
-    return results
-
-
-@pytest.fixture
-def results(swept, tmp_path):
-    return Path(shutil.copytree(swept, tmp_path / "results"))
-
 
 NAME = "tiny-directory"
 
@@ -72,3 +51,65 @@ def test_lost_projections_are_rebuilt(results):
 def test_unknown_study(tmp_path):
     with pytest.raises(ConfigError, match="there is none"):
         verify("missing", tmp_path)
+
+
+def test_mlflow_and_optuna_are_built_from_the_manifests_alone(results):
+    (results / "mlflow.db").unlink()
+    (results / "optuna.db").unlink()
+    assert verify(NAME, results).problems != ()
+    verify(NAME, results, repair=True)
+    found = verify(NAME, results)
+    assert found.problems == ()
+    client = MlflowClient(tracking_uri=sqlite_url(results / "mlflow.db"))
+    runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    trials = json.loads((study_folder(results, NAME) / "study.json").read_text())["trials"]
+    assert len(runs) == len(trials) + sum(len(trial["stages"]) for trial in trials)
+    (study,) = [optuna.load_study(study_name=NAME, storage=sqlite_url(results / "optuna.db"))]
+    store = Store(results / "store")
+    for trial in (trial for trial in trials if trial["in_study"]):
+        metrics = store.get(trial["collect_key"]).metrics
+        assert study.trials[trial["number"]].values == [metrics["quality/avg"], metrics["ff/cpu/rel_time"]]
+
+
+def test_a_record_that_says_more_than_the_store_has_is_corrected(results):
+    store, path = Store(results / "store"), study_folder(results, NAME) / "study.json"
+    record = json.loads(path.read_text())
+    store.forget(record["trials"][0]["collect_key"])
+    record["trials"][1]["state"] = record["trials"][1]["stages"][1]["state"] = "running"
+    path.write_text(json.dumps(record))
+    problems = verify(NAME, results).problems
+    assert any("collect of trial" in problem and "recorded as done and has no result" in problem for problem in problems)
+    assert any("recorded as running, and no driver is at work" in problem for problem in problems)
+    verify(NAME, results, repair=True)
+    assert verify(NAME, results).problems == ()
+    mended = json.loads(path.read_text())
+    assert [trial["state"] for trial in mended["trials"][:2]] == ["waiting", "complete"]
+    assert mended["state"] == "stopped"
+
+
+def test_a_manifest_that_is_not_what_its_key_says_is_withdrawn(results):
+    store = Store(results / "store")
+    manifest = next(m for m in map(store.get, store.keys()) if m.run.stage == "finetune")
+    path = store.manifest_path(manifest.key)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "run": {**content["run"], "seed": 99}}))
+    assert any("holds the result of" in problem for problem in verify(NAME, results).problems)
+    path.write_text("{")
+    assert any("is damaged" in problem for problem in verify(NAME, results).problems)
+    verify(NAME, results, repair=True)
+    assert not store.has(manifest.key)
+
+
+@pytest.mark.parametrize("where", ["study", "manifest"])
+def test_a_folder_of_another_version_says_what_to_do(results, where):
+    path = study_folder(results, NAME) / "study.json"
+    if where == "manifest":
+        store = Store(results / "store")
+        path = store.manifest_path(next(store.keys()))
+    path.write_text(path.read_text().replace(f"fffsweep.{where}/1", f"fffsweep.{where}/0"))
+    if where == "study":
+        with pytest.raises(ConfigError, match=r"schema 'fffsweep.study/0', expected .*use the fffsweep that wrote it"):
+            verify(NAME, results)
+    else:
+        assert any("written by another version of fffsweep: use that one" in problem for problem in verify(NAME, results).problems)

@@ -1,0 +1,160 @@
+"""Results that travel: out of one results folder, with or without their weights, and into another as if they had been made there."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from fffsweep.pipeline.store import Manifest, Store, is_weight
+from fffsweep.sweeps.config import ConfigError
+from fffsweep.sweeps.record import Lease, TrialState, check_extends, load, study_folder
+from fffsweep.sweeps.verify import DONE, config_of, examine, project, write_record
+
+SUMS = "SHA256SUMS"  # of the manifests, as `sha256sum --check` reads it
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import brought. problems: what was left out and why, a line each."""
+
+    studies: tuple[str, ...]
+    num_new: int
+    num_known: int
+    num_absent: int
+    problems: tuple[str, ...]
+
+
+def export_results(name: str, results: Path, folder: Path, without_weights: bool = False) -> int:
+    """Write a study's record and results to `folder`, which `import_results` reads. Returns how many stage runs it holds.
+
+    With `without_weights` tensors and prepared data stay behind and the manifests say so. Raises ConfigError if there is no such
+    study, the folder is not empty or a result is damaged.
+    """
+    stored = load(study_folder(results, name))
+    if stored is None:
+        raise ConfigError(f"study {name!r}: there is none under {results / 'studies'}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: expected a new or empty folder")
+    source, target = Store(results / "store"), Store(folder / "store")
+    keys = list(dict.fromkeys(stage["key"] for trial in stored["trials"] for stage in trial["stages"]))
+    sums = []
+    for key in filter(source.has, keys):
+        manifest = source.get(key)
+        if wrong := examine(source, key)[1]:
+            raise ConfigError(f"{wrong[0]}; fffsweep verify {name} --repair withdraws it, and the sweep makes it anew")
+        left = {n for n, artifact in manifest.artifacts.items() if artifact.absent or (without_weights and is_weight(n))}
+        artifacts = {n: replace(artifact, absent=n in left) for n, artifact in manifest.artifacts.items()}
+        target.adopt(
+            replace(manifest, artifacts=artifacts), {a.sha256: source.read(manifest, n) for n, a in artifacts.items() if not a.absent}
+        )
+        path = target.manifest_path(key)
+        sums.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+    (folder / SUMS).write_text("".join(sums))
+    record = study_folder(folder, name)
+    record.mkdir(parents=True)
+    shutil.copyfile(study_folder(results, name) / "study.json", record / "study.json")
+    return len(sums)
+
+
+def import_results(folder: Path, results: Path) -> Imported:
+    """Merge the results in `folder`, a results folder or an export of one, into `results`.
+
+    Every key is computed again from what the manifest says was run, every artifact is compared with its checksum; what does not fit is
+    left out, and said. A study that is here already must be the same but for what may grow; what both have stays as it is here.
+    MLflow and Optuna are told of every trial as if it had run here. Raises ConfigError if there is nothing to import, another version
+    wrote it, a study is another one here, or a driver is at work on it.
+    """
+    records = {unquote(path.parent.name): path.parent for path in sorted((folder / "studies").glob("*/study.json"))}
+    if not records:
+        raise ConfigError(f"{folder}: expected a results folder with studies/NAME/study.json, as fffsweep run and export-results leave it")
+    studies = {name: stored for name, record in records.items() if (stored := load(record)) is not None}
+    for name, stored in studies.items():
+        check_extends(config_of(stored, records[name]), load(study_folder(results, name)))
+    leases = [Lease(study_folder(results, name)) for name in studies]
+    try:
+        source, target = Store(folder / "store"), Store(results / "store")
+        problems: list[str] = []
+        num_new = num_known = num_absent = 0
+        sums = _sums(folder)
+        for key in list(source.keys()):
+            manifest, wrong = _examined(source, key, sums)
+            problems += wrong
+            if manifest is None or wrong:
+                continue
+            num_absent += sum(artifact.absent for artifact in manifest.artifacts.values())
+            if _is_better(manifest, target):
+                target.forget(key)
+                target.adopt(manifest, {a.sha256: source.read(manifest, n) for n, a in manifest.artifacts.items() if not a.absent})
+                num_new += 1
+            else:
+                num_known += 1
+        for name, stored in studies.items():
+            _merge_study(name, stored, results, target)
+    finally:
+        for lease in leases:
+            lease.release()
+    return Imported(tuple(studies), num_new, num_known, num_absent, tuple(problems))
+
+
+def _merge_study(name: str, stored: dict[str, Any], results: Path, store: Store) -> None:
+    folder = study_folder(results, name)
+    ours = load(folder)
+    config = config_of(ours or stored, folder)
+    trials = {trial["id"]: TrialState.from_json(trial) for trial in (ours or stored)["trials"]}
+    for value in stored["trials"]:
+        trial = TrialState.from_json(value)
+        known = trials.get(trial.plan.spec.id)
+        if known is None or (known.state != "complete" and store.has(trial.stages[-1].planned.run.key)):
+            if known is not None:
+                trial.number = known.number
+            trials[trial.plan.spec.id] = trial
+    merged = list(trials.values())
+    if ours is None:
+        for trial in merged:
+            trial.number = None  # Optuna numbers its trials itself
+    for trial in merged:
+        for stage in trial.stages:
+            if stage.state in DONE and not store.has(stage.planned.run.key):
+                stage.state, stage.duration_s = "waiting", None
+        if trial.state == "complete" and trial.stages[-1].state not in DONE:
+            trial.state = "waiting"
+    untold = project(config, merged, results, store)
+    write_record(config, folder, merged, store, float((ours or stored)["created_at"]))
+    if untold:
+        raise ConfigError(f"MLflow was not told of {untold} runs of {name!r}; fffsweep verify {name!r} --repair tells them")
+
+
+def _examined(source: Store, key: str, sums: dict[str, str]) -> tuple[Manifest | None, list[str]]:
+    path = source.manifest_path(key)
+    expected = sums.get(path.relative_to(source.root.parent).as_posix())
+    if expected is not None and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        return None, [f"manifest {path} is damaged: it differs from its checksum in {SUMS}; left out"]
+    manifest, wrong = examine(source, key)
+    return manifest, [f"{problem}; left out" for problem in wrong]
+
+
+def _is_better(manifest: Manifest, target: Store) -> bool:
+    """Whether a result is new here, or was here without bytes that it has."""
+    if not target.has(manifest.key):
+        return True
+    here = target.get(manifest.key).artifacts
+    return any(artifact.absent and name in manifest.artifacts and not manifest.artifacts[name].absent for name, artifact in here.items())
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def to_lines(imported: Imported) -> list[str]:
+    """For reading."""
+    absent = f", {imported.num_absent} artifacts left behind where they were made" if imported.num_absent else ""
+    whole = f"{', '.join(imported.studies)}: {imported.num_new} stage runs imported, {imported.num_known} were here already{absent}"
+    return [*imported.problems, whole]
