@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fffsweep.kernels.measure import Comparison, compare_layers
+from fffsweep.kernels.measure import Comparison, compare_layers, draw
 from fffsweep.pipeline import optimisation
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.model import FffModel
+from fffsweep.pipeline.roofline import machine_peaks, roofline_ns
 from fffsweep.pipeline.stage import Metrics, StageContext
 from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, BenchmarkPoint
 
@@ -62,10 +64,14 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
             if not compared.verified:
                 raise RuntimeError(f"point {point.label}: outputs were not verified, so no time is given")
             report["rows"] += _rows(point, compared, candidate, reference)
-            figures = _figures(compared)
+            drawn = draw(x_candidate, candidate.weights(), point.tokens, context.seed)
+            least = roofline_ns(candidate.weights(), drawn, point.dtype, point.threads, point.mode)
+            figures = _figures(compared) | {"roofline_ns_per_token": least}
             metrics |= {f"ff/cpu/{point.label}/{name}": value for name, value in figures.items()}
             if number == 0:
                 metrics |= {f"ff/cpu/{name}": value for name, value in figures.items()}
+        peaks = {f"{point.dtype}_{point.threads}t": asdict(machine_peaks(point.dtype, point.threads)) for point in config.points}
+        report["peaks"] = peaks
     (context.output / "benchmark.json").write_text(json.dumps(report, indent=1))
     return metrics
 

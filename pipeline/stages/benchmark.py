@@ -46,12 +46,13 @@ class BenchmarkConfig(Settings):
 
 
 class BenchmarkCpu:
-    """Artifact: `benchmark.json`, one row for each implementation, side and point."""
+    """Artifact: `benchmark.json`, one row for each implementation, side and point, and the machine's peaks."""
 
     name: ClassVar[str] = "benchmark_cpu"
     version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/layer_timing.py",
+        "pipeline/roofline.py",
         "pipeline/model.py",
         "pipeline/feedforward.py",
         "pipeline/node_trees.py",
