@@ -10,24 +10,26 @@ import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import parse_qs, quote, urlencode
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
 
 import fffsweep
-from fffsweep.dashboards import formats, report
+from fffsweep.dashboards import formats, links, picking, report
+from fffsweep.dashboards.choice import ChoiceError
 from fffsweep.dashboards.figures import COLOURS
 from fffsweep.dashboards.pages import PAGES, Query
 from fffsweep.dashboards.queries import StudyView, disk_bytes, list_studies, load_study, stamp
-from fffsweep.dashboards.security import guard, is_loopback
+from fffsweep.dashboards.security import FIELD, guard, is_loopback
 
 _READ_AHEAD = 3  # studies
 _TITLES = {"study": "Study", "pareto": "Pareto", "depth": "Depth and width", "training": "Training", "compare": "Compare"}
@@ -64,15 +66,28 @@ class Disk:
             self._counting.discard(view.name)
 
 
-def create_app(results: Path, study: str | None = None, token: str | None = None) -> FastAPI:
+@dataclass(frozen=True)
+class Elsewhere:
+    """Addresses at which MLflow's and Optuna's own pages are served, None where it is not known."""
+
+    mlflow: str | None = None
+    optuna: str | None = None
+
+
+def create_app(
+    results: Path, study: str | None = None, token: str | None = None, read_only: bool = False, elsewhere: Elsewhere | None = None
+) -> FastAPI:
     """The app over a results folder. `study`: the one that `/` leads to. `token`: demanded of every request if given."""
-    results = Path(results)
+    results, elsewhere = Path(results), elsewhere or Elsewhere()
+    elsewhere = Elsewhere(links.check_base(elsewhere.mlflow, "--mlflow-url"), links.check_base(elsewhere.optuna, "--optuna-url"))
+    form_secret = None if read_only else secrets.token_urlsafe(24)
     app = FastAPI(title="fffsweep", docs_url=None, redoc_url=None, openapi_url=None)
     disk = Disk()
 
     def rendered(template: str, status: int = 200, **context: Any) -> HTMLResponse:
-        shared = {"version": fffsweep.__version__, "colours": COLOURS, "titles": _TITLES, "home": study}
-        return HTMLResponse(report.templates().get_template(template).render(**shared, **context), status)
+        shared: dict[str, Any] = {"version": fffsweep.__version__, "colours": COLOURS, "titles": _TITLES, "home": study}
+        shared |= {"form_secret": form_secret, "form_field": FIELD, "elsewhere": elsewhere, "picking": False}
+        return HTMLResponse(report.templates().get_template(template).render({**shared, **context}), status)
 
     def failed(title: str, message: str, status: int) -> HTMLResponse:
         return rendered("message.html", status, title=title, message=message, view=None, page="")
@@ -128,6 +143,24 @@ def create_app(results: Path, study: str | None = None, token: str | None = None
             return failed("No such artifact", f"{label} of {trial} has no sound artifact {name!r}", 404)
         return FileResponse(path, media_type="application/octet-stream", filename=name.rpartition("/")[2])
 
+    @app.get("/elsewhere")
+    def elsewhere_of(study: str, trial: str, tool: str, label: str = "") -> Response:
+        base = {"mlflow": elsewhere.mlflow, "optuna": elsewhere.optuna}.get(tool)
+        if base is None:
+            return failed("Not known", f"{tool}: start the dashboard with --{tool}-url to follow this link", 404)
+        view = load_study(results, study)
+        return RedirectResponse(links.address(view, view.trial(trial), tool, base, label), 303)
+
+    @app.post("/pick")
+    async def pick(request: Request) -> Response:
+        form = {name: values[-1] for name, values in parse_qs((await request.body()).decode(errors="replace")).items()}
+        view = await run_in_threadpool(load_study, results, form.get("study", ""))
+        try:
+            await run_in_threadpool(picking.begin, view, form)
+        except ChoiceError as error:
+            return await run_in_threadpool(failed, "Not picked", str(error), 400)
+        return RedirectResponse("/trial?" + urlencode({"study": view.name, "trial": form["trial"]}) + "#pick", 303)
+
     @app.get("/static/plotly.js")
     def plotly(request: Request) -> Response:
         headers = {"Cache-Control": "public, max-age=86400", "Content-Encoding": "gzip"}
@@ -155,7 +188,7 @@ def create_app(results: Path, study: str | None = None, token: str | None = None
         return response
 
     app.add_middleware(BaseHTTPMiddleware, dispatch=timed)
-    app.add_middleware(BaseHTTPMiddleware, dispatch=guard(token))
+    app.add_middleware(BaseHTTPMiddleware, dispatch=guard(token, form_secret))
     return app
 
 
@@ -172,14 +205,22 @@ def _attachment(data: bytes, format: str, name: str) -> Response:
     return Response(data, media_type=_TYPES[format], headers={"Content-Disposition": f"attachment; filename*=UTF-8''{_quoted(name)}"})
 
 
-def serve(results: Path, study: str | None, host: str = "127.0.0.1", port: int = 8321, token: str | None = None) -> None:
+def serve(
+    results: Path,
+    study: str | None,
+    host: str = "127.0.0.1",
+    port: int = 8321,
+    token: str | None = None,
+    read_only: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> None:
     """Serve the dashboard until interrupted. Beyond loopback a token is demanded; one is made up where none is given.
 
-    The dashboard reads only: nothing that it serves changes anything.
+    The one thing that it can change is to pick a trial; with `read_only` not even that.
     """
     if not is_loopback(host) and token is None:
         token = secrets.token_urlsafe(24)
-    app = create_app(results, study, token)
+    app = create_app(results, study, token, read_only, elsewhere)
     logging.getLogger("uvicorn.access").disabled = True
     threading.Thread(target=_read_ahead, args=(Path(results),), daemon=True, name="read-ahead").start()
     server = _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from fffsweep.dashboards import depth_figures, figures, formats, paper, report, training_figures
+from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, training_figures
 from fffsweep.dashboards.figures import Figure
 from fffsweep.dashboards.picks import picks
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
@@ -74,6 +74,8 @@ def study_page(view: StudyView, query: Query) -> Context:
         "notes": formats.notes(view),
         "tiles": report.tiles(view),
         "events": view.events(12)[::-1],
+        "picked": (picked := picking.shown(view)),
+        "picking": any(pick["state"] == "running" for pick in picked),
     }
 
 
@@ -189,6 +191,7 @@ def trial_page(view: StudyView, query: Query) -> Context:
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     artifacts = {stage["label"]: sorted(m.artifacts) for stage in trial.stages if (m := trial.stage_manifest(stage["label"]))}
     manifest = trial.stage_manifest("pretrain/0")
+    picks_of_study = picking.shown(view)
     return {
         "trial": trial,
         "chance": number(chance),
@@ -198,6 +201,8 @@ def trial_page(view: StudyView, query: Query) -> Context:
         "artifacts": artifacts,
         "recipe": flat(manifest.run.config) if manifest else [],
         "finished_states": FINISHED,
+        "picks": [pick for pick in picks_of_study if pick["trial"] == trial.id],
+        "picking": any(pick["state"] == "running" for pick in picks_of_study),
     }
 
 

@@ -249,6 +249,11 @@ class StudyView:
             "seeds": self.config.get("seeds", {}),
         }
 
+    def picks(self) -> list[dict[str, Any]]:
+        """What was picked or is being picked, newest first: `fffsweep.pick/1` as `fffsweep pick` writes it."""
+        found = [json.loads(path.read_text()) for path in (self.folder / "picks").glob("[!.]*.json")]
+        return sorted(found, key=lambda each: -each["time"])
+
     def events(self, last: int = 50) -> list[dict[str, Any]]:
         """The last lines of the study's history."""
         try:
@@ -272,12 +277,14 @@ def load_study(results: Path, name: str) -> StudyView:
 
 
 def stamp(results: Path, name: str) -> str:
-    """Changes whenever the study's record does; empty if there is none."""
+    """Changes whenever the study's record or one of its picks does; empty if there is none."""
+    folder = study_folder(Path(results), name)
     try:
-        stat = (study_folder(Path(results), name) / "study.json").stat()
+        stat = (folder / "study.json").stat()
     except FileNotFoundError:
         return ""
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+    picks = folder / "picks"
+    return f"{stat.st_mtime_ns}-{stat.st_size}" + (f"-{picks.stat().st_mtime_ns}" if picks.exists() else "")
 
 
 def disk_bytes(view: StudyView) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 import fffsweep
-from fffsweep import store_cli
+from fffsweep import model_cli, store_cli
 
 if TYPE_CHECKING:
     from fffsweep.dashboards.queries import StudyView
@@ -28,6 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="The texts and labelled tasks that come from package wheels.")
 app.add_typer(data_app, name="data")
 store_cli.register(app)
+model_cli.register(app)
 
 _UsageError: type[Any] = typer.BadParameter.__mro__[2]  # typer uses the installed click or a copy of its own, by version
 
@@ -160,11 +161,15 @@ def ui(
     results: ResultsFolder = RESULTS,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8321,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Offer nothing that changes anything.")] = False,
+    mlflow_url: Annotated[str | None, typer.Option(metavar="URL", help="Where MLflow's pages are served, to link to them.")] = None,
+    optuna_url: Annotated[str | None, typer.Option(metavar="URL", help="Where optuna-dashboard is served, to link to it.")] = None,
 ) -> None:
     """Serve the dashboard until interrupted."""
-    from fffsweep.dashboards.app import serve
+    from fffsweep.dashboards.app import Elsewhere, serve
 
-    serve(results, None if study is None else _view(study, results).name, host, port)
+    elsewhere = Elsewhere(mlflow_url, optuna_url)
+    serve(results, None if study is None else _view(study, results).name, host, port, read_only=read_only, elsewhere=elsewhere)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -197,7 +202,7 @@ def verify_study(
     """Check every artifact of a study against its checksum, and MLflow and Optuna against the results."""
     from fffsweep.sweeps.verify import verify
 
-    found = verify(_name_of(study), results, repair)
+    found = verify(name_of(study), results, repair)
     print("\n".join(found.problems) or f"{found.num_stage_runs} stage runs, {found.num_artifacts} artifacts: all sound")
     if found.problems and repair:
         print("repaired; run the sweep again if results were withdrawn")
@@ -267,7 +272,7 @@ def _obtain(config: SweepConfig, results: Path) -> None:
         fetch_wheels(cache_folder(), print, packages_for(prepare))
 
 
-def _name_of(study: str) -> str:
+def name_of(study: str) -> str:
     """A study's name, out of its config where the path of one is given."""
     if study.endswith((".yaml", ".yml")) and Path(study).exists():
         from fffsweep.sweeps.yaml_source import read_source
@@ -279,7 +284,7 @@ def _name_of(study: str) -> str:
 def _view(study: str, results: Path) -> StudyView:
     from fffsweep.dashboards.queries import load_study
 
-    return load_study(results, _name_of(study))
+    return load_study(results, name_of(study))
 
 
 def _write_report(view: StudyView, form: str = "html", output: Path | None = None) -> list[Path]:

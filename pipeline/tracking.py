@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -327,3 +328,46 @@ def _add_points(session: Any, points: Mapping[str, Sequence[Point]]) -> None:
                 latest[run_id, point.name] = row
     _add(session, SqlMetric, rows)
     _add(session, SqlLatestMetric, list(latest.values()))
+
+
+def register_model(
+    uri: str, experiment: str, name: str, alias: str, folder: Path, description: str, tags: Mapping[str, str], files: Mapping[str, Any]
+) -> str:
+    """Register an exported model as the next version of `name`, under `alias`; that version.
+
+    `folder` is what `fffsweep.pipeline.export` wrote; `mlflow.pyfunc.load_model(f"models:/{name}@{alias}")` reads texts with it. The run
+    it belongs to lies beside the trials' and holds `files` (name -> JSON) too.
+    """
+    import mlflow.pyfunc
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise ValueError(f"MLflow has no experiment {experiment!r}: run `fffsweep verify {experiment} --repair` to write it again")
+    noted = {"fffsweep.pick": alias, "mlflow.note.content": description, **tags}
+    run = client.create_run(found.experiment_id, tags=noted, run_name=f"pick {alias}")
+    with tempfile.TemporaryDirectory() as made:
+        packed = Path(made) / "model"
+        mlflow.pyfunc.save_model(packed, loader_module="fffsweep.pipeline.predict", data_path=str(folder), pip_requirements=["fffsweep"])
+        client.log_artifacts(run.info.run_id, str(packed), "model")
+    for file, content in files.items():
+        client.log_dict(run.info.run_id, content, file)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description=f"Models picked from sweep {experiment}")
+    version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=dict(tags), description=description)
+    client.set_registered_model_alias(name, alias, version.version)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return str(version.version)
+
+
+def find_run(uri: str, experiment: str, trial: str, label: str = "") -> tuple[str, str]:
+    """Ids of the experiment and of a trial's newest run, or that of its stage run `label`. Raises ValueError if there is none."""
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    wanted, newest = f"tags.\"{TRIAL}\" = '{trial}'", ["attributes.start_time DESC"]
+    for run in client.search_runs([found.experiment_id], wanted, order_by=newest, max_results=_BATCH) if found else []:
+        if run.data.tags.get(LABEL, "") == label:
+            return str(run.info.experiment_id), str(run.info.run_id)
+    raise ValueError(
+        f"MLflow has no run {label or 'of its own'} of trial {trial!r} in {experiment!r}: `fffsweep verify` with --repair writes it"
+    )

@@ -68,3 +68,11 @@ class OptunaStudy:
 def sqlite_url(path: Path) -> str:
     """Storage address of a local SQLite file."""
     return f"sqlite:///{path.resolve()}"
+
+
+def study_id(storage: str, name: str) -> int:
+    """Number of a study in its storage, by which optuna-dashboard knows it. Raises ValueError if it is not there."""
+    try:
+        return int(optuna.load_study(storage=storage, study_name=name)._study_id)
+    except KeyError:
+        raise ValueError(f"Optuna has no study {name!r}: `fffsweep verify` with --repair writes it again") from None

@@ -1,0 +1,30 @@
+"""From a trial to its pages in MLflow and optuna-dashboard. They are asked where it lies only when somebody follows a link."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from fffsweep.dashboards.queries import StudyView
+from fffsweep.dashboards.trial import TrialView
+from fffsweep.sweeps.optuna_study import sqlite_url, study_id
+
+
+def check_base(url: str | None, option: str) -> str | None:
+    """`url` without a slash at its end. Raises ValueError unless it is an http or https address."""
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"{option} {url!r}: expected an address such as http://localhost:5000")
+    return url.rstrip("/")
+
+
+def address(view: StudyView, trial: TrialView, tool: str, base: str, label: str = "") -> str:
+    """Page of a trial, or of its stage run `label`, in `mlflow` or `optuna` served at `base`. Raises ValueError if it is not there."""
+    if tool == "optuna":
+        number = study_id(sqlite_url(view.results / "optuna.db"), view.name)
+        return f"{base}/dashboard/studies/{number}/trials?numbers={trial.number}"
+    from fffsweep.pipeline.tracking import find_run
+
+    experiment, run = find_run(sqlite_url(view.results / "mlflow.db"), view.name, trial.id, label)
+    return f"{base}/#/experiments/{experiment}/runs/{run}"

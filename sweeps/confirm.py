@@ -1,0 +1,45 @@
+"""A choice put to the proof: the chosen trial once more on seeds that had no part in choosing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fffsweep.sweeps.config import SweepConfig
+
+
+def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: int) -> SweepConfig:
+    """Config of the study that runs a trial and its reference on `num_fresh` further pretraining seeds.
+
+    study, trial: of a study record. The seeds that the trial was chosen on are in it too; their results are in the store and are
+    reused, so only the fresh ones cost anything.
+    """
+    config = study["config"]
+    reference = next((text for text in config["controls"] if text.startswith("reference_dense")), None)
+    variant = trial["model"]["feedforward"]["variant"]
+    controls = [reference] if reference else []
+    if variant in ("none", "random_routing"):
+        controls.append(next(text for text in trial["controls"] if text.startswith(variant)))
+    # A dense control is the layout of as many trees of depth 0; a study needs a layout even where the choice is `none`.
+    layout = trial["layout"] or next(each["layout"] for each in study["trials"] if each["layout"])
+    seeds = config["seeds"]
+    return SweepConfig.model_validate(
+        {
+            **config,
+            "name": confirming_name(study["name"], trial["id"]),
+            "description": f"Trial {trial['id']} of {study['name']} on fresh seeds, before it is picked",
+            "layouts": [layout],
+            "depth": None,
+            "width": None,
+            "controls": controls,
+            "seeds": {**seeds, "pretrain": seeds["pretrain"] + num_fresh},
+        }
+    )
+
+
+def confirming_name(study: str, trial: str) -> str:
+    """Name of that study."""
+    name = f"pick of {trial} in {study}"
+    while len(name.encode()) > 80:
+        name = name[:-1]
+    return name
