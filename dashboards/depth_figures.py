@@ -141,19 +141,53 @@ def speedup_by_depth(view: StudyView) -> Figure | None:
         trace = _speed_trace(timed, point, index)
         data.append(trace)
         for trial, speed in zip(timed, trace["y"], strict=True):
-            rows.append({"trial": trial.id, "depth": trial.shape.depth if trial.shape else None, **_facts(point), "speedup": speed})
+            row = {"trial": trial.id, "depth": trial.shape.depth if trial.shape else None, **_facts(point), "speedup": speed}
+            rows.append({**row, "limit": view.flop_limit(trial), "roofline": roofline(trial, point)})
     if not data:
         return None
     limits = [(trial.shape.depth, limit) for trial in trials if trial.shape and (limit := view.flop_limit(trial))]
     if limits:
         line = {"type": "scatter", "mode": "lines", "name": "limit by arithmetic", "line": {"color": "@none", "dash": "dot", "width": 2}}
         data.append({**line, "x": [depth for depth, _ in limits], "y": [limit for _, limit in limits]})
+    roofs = _roofline_traces(trials, view.points)
+    data += roofs
     layout: Spec = {"xaxis": axis("depth (branch decisions)", dtick=1), "yaxis": axis("speed-up over the dense reference layer", log=True)}
     caption = (
         "Trained weights and real activations, best verified implementation, median times interleaved with the reference. "
-        "The limit counts multiplications alone: reference width over active width."
+        "The limit counts multiplications alone: reference width over active width. "
+    )
+    caption += (
+        "Roofline: the reference's time over the least time that the machine's measured peaks allow the layer; cold, the weights of "
+        "every visited node come from memory once."
+        if roofs
+        else "No roofline: the machine's peaks were not measured when these layers were timed; run the sweep again to have them."
     )
     return Figure("speedup-depth", "Speed-up against depth", caption, {"data": data, "layout": layout}, rows)
+
+
+def roofline(trial: TrialView, point: Point) -> float | None:
+    """Speed-up over the reference, as it was timed, that the machine's peaks allow; None where they were not measured."""
+    least, reference = (trial.metrics.get(f"ff/cpu/{point.label}/{name}") for name in ("roofline_ns_per_token", "reference_ns_per_token"))
+    return reference / least if least and reference else None
+
+
+def _roofline_traces(trials: Sequence[TrialView], points: Sequence[Point]) -> list[Spec]:
+    """One line for each cold point in its colour, all under one name: hot, the roofline is but the limit by arithmetic at peak speed."""
+    traces: list[Spec] = []
+    for index, point in enumerate(points):
+        limits = [(trial.shape.depth, limit) for trial in trials if trial.shape and (limit := roofline(trial, point))]
+        if limits and point.mode == "cold":
+            line = {"color": f"@series{index % NUM_SERIES}", "dash": "dashdot", "width": 1}
+            named: Spec = {"name": "roofline of each cold point", "legendgroup": "roofline", "showlegend": not traces}
+            told = f"roofline, {_name(point)}: %{{y:.1f}}x<extra></extra>"
+            place = {"x": [depth for depth, _ in limits], "y": [limit for _, limit in limits]}
+            traces.append({"type": "scatter", "mode": "lines", "line": line, "hovertemplate": told, **named, **place})
+    return traces
+
+
+def _name(point: Point) -> str:
+    tokens = f"{point.tokens} token{'s' if point.tokens > 1 else ''}, {point.mode}"
+    return tokens + ("" if point.dtype == "float32" else f", {point.dtype}") + _threads(point)
 
 
 def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
@@ -162,9 +196,7 @@ def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
     return {
         "type": "scatter",
         "mode": "lines+markers" if joined else "markers",
-        "name": f"{point.tokens} token{'s' if point.tokens > 1 else ''}, {point.mode}"
-        + ("" if point.dtype == "float32" else f", {point.dtype}")
-        + _threads(point),
+        "name": _name(point),
         "x": [trial.shape.depth for trial in timed if trial.shape],
         "y": speeds,
         "marker": {"color": f"@series{index % NUM_SERIES}", "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},

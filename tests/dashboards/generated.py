@@ -239,7 +239,11 @@ class Generator:
                 work = (shape.active_width + (12 * shape.levels if shape.depth else 0)) / 512
                 rel_time = work * (1 + 0.5 / tokens**0.5) * float(np.exp(self.noise.normal(0, 0.02)))
             here = f"ff/cpu/{tokens}_float32_1t_{mode}"
-            metrics |= {f"{here}/rel_time": rel_time, f"{here}/ns_per_token": 9000 * rel_time}
+            metrics |= {f"{here}/rel_time": rel_time, f"{here}/ns_per_token": 9000 * rel_time, f"{here}/reference_ns_per_token": 9000.0}
+            if shape is not None:
+                arithmetic_ns, nodes = 7000 * shape.active_width / 512, min(shape.width, tokens * shape.active_width)
+                memory_ns = 0 if mode == "hot" else 100 * nodes / tokens
+                metrics[f"{here}/roofline_ns_per_token"] = max(arithmetic_ns, memory_ns)
             if (tokens, mode) == (128, "cold"):
                 metrics |= {"ff/cpu/rel_time": rel_time, "ff/cpu/ns_per_token": 9000 * rel_time, "ff/cpu/reference_ns_per_token": 9000.0}
         return metrics

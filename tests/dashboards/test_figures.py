@@ -69,10 +69,22 @@ def test_quality_figures_hold_the_measured_values(whole):
 
 def test_speedup_stands_beside_the_limit(whole):
     drawn = depth_figures.speedup_by_depth(whole)
-    limit = drawn.spec["data"][-1]
-    assert limit["name"] == "limit by arithmetic"
+    by_name = {trace["name"]: trace for trace in drawn.spec["data"]}
+    limit = by_name["limit by arithmetic"]
     assert dict(zip(limit["x"], limit["y"], strict=True))[8] == 512 / 9
-    assert len(drawn.spec["data"]) == len(whole.points) + 1
+    roofs = [trace for trace in drawn.spec["data"] if trace["name"].startswith("roofline")]
+    assert len(roofs) == sum(point.mode == "cold" for point in whole.points) == len(drawn.spec["data"]) - len(whole.points) - 1
+    assert [trace["showlegend"] for trace in roofs] == [True, False, False, False]
+    one = next(trace for trace in roofs if "1 token," in trace["hovertemplate"])
+    assert dict(zip(one["x"], one["y"], strict=True))[8] == pytest.approx(9000 / 900), "9 nodes of 100 ns from memory"
+    assert {row["roofline"] is None for row in drawn.rows} == {False}
+
+
+def test_a_study_without_peaks_says_so(whole, monkeypatch):
+    monkeypatch.setattr(depth_figures, "roofline", lambda trial, point: None)
+    drawn = depth_figures.speedup_by_depth(whole)
+    assert "No roofline" in drawn.caption
+    assert not any("roofline" in trace["name"] for trace in drawn.spec["data"])
 
 
 def test_curves_have_a_line_for_each_replicate(whole):

@@ -1,0 +1,148 @@
+"""Pick, export and predict through the command line, on a small study that is really trained; MLflow and optuna-dashboard beside them.
+
+Needs the wheels that `make data` downloads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.integration
+
+PROGRAM = [sys.executable, "-P", "-c", "from fffsweep.cli import main; main()"]
+
+
+def fffsweep(*arguments, stdin="", code=0):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "OPTUNA_"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*PROGRAM, *arguments], cwd=CHECKOUT, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr}"
+    return ended.stdout if code == 0 else ended.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A study of three trials, one pretraining seed each, and its choice 4x3 picked on one fresh seed."""
+    folder = tmp_path_factory.mktemp("results")
+    small = ["--set", "layouts=[4x3]", "--set", "controls=[reference_dense(60), none]", "--results", str(folder), "--executor", "inline"]
+    fffsweep("run", "sweeps/tiny.yaml", *small)
+    pick = ["pick", "tiny", "4x3", "--alias", "champion", "--executor", "inline", "--results", str(folder)]
+    told = fffsweep(*pick, "--fresh-seeds", "1", "--task", "stsb")
+    assert "models:/tiny stsb@champion (version 1)" in told
+    assert "on 1 fresh seed" in told
+    return folder
+
+
+def test_the_pick_is_written_down(results):
+    (path,) = (results / "studies" / "tiny" / "picks").glob("*.json")
+    pick = json.loads(path.read_text())
+    assert (pick["state"], pick["model"]) == ("complete", {"name": "tiny stsb", "version": "1"})
+    fresh = pick["evidence"]["fresh"]
+    assert fresh["seeds"] == [1]
+    assert set(fresh["values"]) == {"quality/avg", "quality/validation_avg", "ff/cpu/rel_time"}
+    assert fresh["values"]["quality/avg"] != pick["evidence"]["values"]["quality/avg"]
+    record = json.loads((results / "studies" / fresh["study"] / "study.json").read_text())
+    states = [stage["state"] for trial in record["trials"] for stage in trial["stages"] if stage["replicate"] == 0]
+    assert set(states) == {"reused"}, "the seeds it was chosen on must not be run again"
+
+
+def test_mlflow_holds_model_alias_and_evidence(results):
+    program = """
+import json, mlflow, sys
+mlflow.set_tracking_uri(sys.argv[1])
+client = mlflow.MlflowClient()
+version = client.get_model_version_by_alias("tiny stsb", "champion")
+evidence = json.loads(open(mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path="evidence.json")).read())
+predicted = mlflow.pyfunc.load_model("models:/tiny stsb@champion").predict(["a man plays\\ta man sings", "one\\ttwo"])
+run = client.get_run(version.run_id)
+print(json.dumps([version.tags, version.description, evidence["trial"], predicted, run.info.status, run.info.run_name]))
+"""
+    uri = f"sqlite:///{results / 'mlflow.db'}"
+    ended = subprocess.run([sys.executable, "-P", "-c", program, uri], capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    tags, description, trial, predicted, status, name = json.loads(ended.stdout.splitlines()[-1])
+    assert (tags["trial"], trial, status, name) == ("4x3", "4x3", "FINISHED", "pick champion")
+    assert "fresh seed" in description
+    assert len(predicted) == 2
+    assert all(0 <= float(value) <= 5 for value in predicted)
+    assert "all sound" in fffsweep("verify", "tiny", "--results", str(results))
+
+
+def test_exported_models_load_without_our_import_and_predict(results, tmp_path):
+    for task, folder in (((), "mlm"), (("--task", "sst2-like"), "classifier")):
+        fffsweep("export", "tiny", "4x3", str(tmp_path / folder), *task, "--results", str(results))
+    program = """
+import sys, torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+for auto, folder in ((AutoModelForMaskedLM, "mlm"), (AutoModelForSequenceClassification, "classifier")):
+    tokenizer = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{folder}")
+    model = auto.from_pretrained(f"{sys.argv[1]}/{folder}", trust_remote_code=True).eval()
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        print(tuple(model(**tokenizer("a [MASK]", return_tensors="pt")).logits.shape))
+    assert any("fffsweep::cmm" in event.key for event in profile.key_averages())
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split("\n")[1] == "(1, 2)"
+    lines = fffsweep("predict", str(tmp_path / "classifier"), "--json", stdin="a fine film\nawful\n").splitlines()
+    assert [set(json.loads(line)["scores"]) for line in lines] == [{"0", "1"}] * 2
+    words = fffsweep("predict", str(tmp_path / "mlm"), stdin="a [MASK] film\n")
+    assert len(words.split("\t")) == 2
+    assert "line 2: no [MASK]" in fffsweep("predict", str(tmp_path / "mlm"), stdin="[MASK]\nfilm\n", code=2)
+    assert "absent or empty" in fffsweep("export", "tiny", "4x3", str(tmp_path / "mlm"), "--results", str(results), code=2)
+    assert "expected one of" in fffsweep("pick", "tiny", "4x9", "--alias", "a", "--results", str(results), code=2)
+
+
+@contextlib.contextmanager
+def optuna_dashboard(storage):
+    """Address of an optuna-dashboard over a storage."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), storage, "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("Listening at" in line for line in process.stderr), "it ended before it listened"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def fetched(address):
+    with urllib.request.urlopen(address, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def test_optuna_dashboard_opens_the_study(results):
+    with optuna_dashboard(f"sqlite:///{results / 'optuna.db'}") as address:
+        studies = {each["study_name"]: each for each in fetched(f"{address}/api/studies")["study_summaries"]}
+        assert studies["tiny"]["directions"] == ["maximize", "minimize"]
+        study = fetched(f"{address}/api/studies/{studies['tiny']['study_id']}?after=0")
+    trials = [trial for trial in study["trials"] if trial["state"] == "Complete"]
+    assert [len(trial["values"]) for trial in trials] == [2]
+    assert {"trees", "depth"} <= {param["name"] for param in trials[0]["params"]}
+
+
+def test_the_dashboard_s_links_lead_to_the_runs(results):
+    from fffsweep.dashboards.links import address
+    from fffsweep.dashboards.queries import load_study
+    from fffsweep.pipeline.tracking import MlflowClient
+
+    view = load_study(results, "tiny")
+    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+    for label in ("", "pretrain/0"):
+        found = address(view, view.trial("4x3"), "mlflow", "http://mlflow", label)
+        tags = client.get_run(found.rpartition("/")[2]).data.tags
+        assert (tags["fffsweep.trial"], tags.get("fffsweep.label", "")) == ("4x3", label)
+    assert address(view, view.trial("4x3"), "optuna", "http://optuna").startswith("http://optuna/dashboard/studies/1/trials?numbers=")
