@@ -87,8 +87,8 @@ def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -
     groups = _groups(view, metric)
     data = []
     for kind, trials in groups.items():
-        ordered = sorted((trial for trial in trials if trial.shape), key=lambda trial: trial.shape.active_width if trial.shape else 0)
-        widths = [trial.shape.active_width for trial in ordered if trial.shape]
+        ordered = sorted((trial for trial in trials if trial.shape), key=lambda trial: trial.active_width)
+        widths = [trial.active_width for trial in ordered]
         joined = kind in ("layout", "dense_active") and 1 < len(ordered) <= _MANY_TRIALS
         data.append(scatter(view, ordered, widths, metric, kind, mode="lines+markers" if joined else "markers"))
     layout: Spec = {"xaxis": axis("active width (neurons used for one token)", log=True), "yaxis": axis("quality, x 100")}

@@ -125,9 +125,10 @@ def hover(view: StudyView, trial: TrialView, metrics: Sequence[str]) -> str:
     """What a point says of its trial."""
     shape = trial.shape
     size = (
-        "no feedforward" if shape is None else f"{shape.trees} trees of depth {shape.depth}, active {shape.active_width} of {shape.width}"
+        "no feedforward" if shape is None else f"{shape.trees} trees of depth {shape.depth}, active {trial.active_width} of {trial.width}"
     )
     lines = [f"<b>{html.escape(trial.id)}</b>", html.escape(", ".join(trial.controls)), size]
+    lines += [html.escape(f"{name}: {value}") for name, value in trial.params.items() if "." in name]  # what a search has set
     lines += [f"{html.escape(metric)}: {with_interval(trial.estimate(metric), 3)}" for metric in metrics]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     if chance is not None:
@@ -267,7 +268,7 @@ def trial_rows(view: StudyView, names: Sequence[str], *groups: Sequence[TrialVie
     rows = []
     for trial in dict.fromkeys(trial for group in groups for trial in group):
         row: dict[str, Any] = {"trial": trial.id, "role": role(trial), "depth": trial.shape.depth if trial.shape else None}
-        row["active_width"] = trial.shape.active_width if trial.shape else 0
+        row["active_width"] = trial.active_width
         for name in names:
             estimate = trial.estimate(name)
             low, high = estimate.interval if estimate and estimate.interval else (None, None)

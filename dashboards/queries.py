@@ -204,8 +204,7 @@ class StudyView:
 
     def flop_limit(self, trial: TrialView) -> float | None:
         """Width of the reference layer over the trial's active width: the speed-up that arithmetic alone allows."""
-        reference = self.reference.shape if self.reference else None
-        return None if reference is None or trial.shape is None else reference.width / trial.shape.active_width
+        return None if self.reference is None or trial.active_width == 0 else self.reference.width / trial.active_width
 
     @cached_property
     def points(self) -> list[Point]:

@@ -80,7 +80,7 @@ def _row(view: StudyView, trial: TrialView, front: set[str], chances: dict[str, 
         "front": "*" if trial.id in front else "",
         "trial": trial.id,
         "role": ", ".join(role for role in trial.controls if role != trial.id),
-        "active": "0" if trial.shape is None else f"{trial.shape.active_width} of {trial.shape.width}",
+        "active": f"{trial.active_width} of {trial.width}" if trial.width else "0",
     }
     if not trial.metrics:
         state = trial.state if trial.error is None else f"{trial.state}: {trial.error}"

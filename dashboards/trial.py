@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fffsweep.kernels.shape import TreeShape
+from fffsweep.pipeline.model_settings import FeedForward
 from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.statistics import Interval
@@ -67,6 +68,20 @@ class TrialView:
         """Trees and depth; None without a feedforward layer."""
         layer = self.model["feedforward"]
         return None if layer["variant"] == "none" else TreeShape(int(layer["trees"]), int(layer["depth"]))
+
+    @cached_property
+    def _layer(self) -> FeedForward:
+        return _feedforward(json.dumps(self.model["feedforward"]))
+
+    @property
+    def width(self) -> int:
+        """Neurons stored in a layer; 0 without one."""
+        return self._layer.width
+
+    @property
+    def active_width(self) -> int:
+        """Neurons used for one token; 0 without a layer."""
+        return self._layer.active_width
 
     @property
     def finished_at(self) -> float:
@@ -135,6 +150,11 @@ class TrialView:
     @property
     def num_finished(self) -> int:
         return sum(stage["state"] in FINISHED for stage in self.stages)
+
+
+@lru_cache(maxsize=50_000)
+def _feedforward(settings: str) -> FeedForward:
+    return FeedForward.model_validate_json(settings)
 
 
 @lru_cache(maxsize=50_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import reduce
 from typing import Any
 
 from fffsweep.sweeps.config import SweepConfig
@@ -12,9 +14,13 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
     """Config of the study that runs a trial and its reference on `num_fresh` further pretraining seeds.
 
     study, trial: of a study record. The seeds that the trial was chosen on are in it too; their results are in the store and are
-    reused, so only the fresh ones cost anything.
+    reused, so only the fresh ones cost anything. A searched trial keeps its settings; its reference is trained with them too.
     """
-    config = study["config"]
+    config = deepcopy(study["config"])
+    for path, value in trial["params"].items():
+        *blocks, name = path.split(".")
+        if blocks:  # a setting; the others are the shape, which the layout says
+            reduce(lambda block, inner: block[inner], blocks, config)[name] = value
     reference = next((text for text in config["controls"] if text.startswith("reference_dense")), None)
     variant = trial["model"]["feedforward"]["variant"]
     controls = [reference] if reference else []
@@ -31,6 +37,8 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
             "layouts": [layout],
             "depth": None,
             "width": None,
+            "search": None,
+            "sampler": "grid",
             "controls": controls,
             "seeds": {**seeds, "pretrain": seeds["pretrain"] + num_fresh},
         }

@@ -82,7 +82,10 @@ def test_a_confirming_study_reuses_the_seeds_that_are_there(name, request):
     config = load_config(request.config.rootpath / "sweeps" / "tiny.yaml")
     plans = build(config, expand(config))
     chosen = next(plan for plan in plans if plan.spec.id == name or name in plan.spec.controls)
-    trials = [{"id": p.spec.id, "layout": p.spec.layout, "controls": p.spec.controls, "model": p.spec.model.resolved()} for p in plans]
+    trials = [
+        {"id": p.spec.id, "layout": p.spec.layout, "controls": p.spec.controls, "model": p.spec.model.resolved(), "params": p.spec.params}
+        for p in plans
+    ]
     own = next(trial for trial in trials if trial["id"] == chosen.spec.id)
     study = {"name": config.name, "config": config.resolved(), "trials": trials}
     again = confirming(study, own, 2)
@@ -91,6 +94,26 @@ def test_a_confirming_study_reuses_the_seeds_that_are_there(name, request):
     keys = {stage.run.key for plan in build(again, expand(again)) for stage in plan.stages}
     mine = {stage.run.key for stage in chosen.stages if stage.label != "collect"}
     assert mine <= keys
+
+
+def test_a_searched_trial_keeps_its_settings(request):
+    overrides = [
+        "sampler=grid",
+        "search={space: {stages.pretrain.learning_rate: [0.001, 0.002], model.feedforward.init: [normal, fan]}}",
+    ]
+    config = load_config(request.config.rootpath / "sweeps" / "tiny.yaml", overrides)
+    plans = build(config, expand(config))
+    chosen = [plan for plan in plans if plan.spec.in_study and plan.spec.layout == "4x3"]
+    assert len(chosen) == 4
+    trials = [
+        {"id": p.spec.id, "layout": p.spec.layout, "controls": p.spec.controls, "model": p.spec.model.resolved(), "params": p.spec.params}
+        for p in plans
+    ]
+    for plan in chosen:
+        own = next(trial for trial in trials if trial["id"] == plan.spec.id)
+        again = confirming({"name": config.name, "config": config.resolved(), "trials": trials}, own, 1)
+        keys = {stage.run.key for other in build(again, expand(again)) for stage in other.stages}
+        assert {stage.run.key for stage in plan.stages if stage.label.startswith(("pretrain", "finetune"))} <= keys
 
 
 def test_a_confirming_name_is_never_too_long():
