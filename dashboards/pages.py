@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, training_figures
+from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, tables, training_figures
 from fffsweep.dashboards.figures import Figure
 from fffsweep.dashboards.picks import picks
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
@@ -18,6 +19,7 @@ from fffsweep.dashboards.verdicts import KEPT, claims, decidability
 from fffsweep.sweeps import statistics as stats
 
 PAGE_ROWS = 100
+MARKS = {"complete": "✓", "reused": "=", "running": "▶", "failed": "✗", "waiting": "·", "pruned": "✂"}
 MOST_COMPARED = 6
 
 
@@ -53,7 +55,7 @@ def study_page(view: StudyView, query: Query) -> Context:
     """Stage grid, what runs now, progress, the results so far."""
     wanted, text = query.get("state"), query.get("q")
     states = Counter(trial.state for trial in view.trials)
-    chosen = [t for t in view.trials if (not wanted or t.state == wanted) and text.lower() in f"{t.id} {' '.join(t.controls)}".lower()]
+    chosen = [trial for trial in view.trials if (not wanted or trial.state == wanted) and text.lower() in _text(trial)]
     chosen.sort(key=lambda trial: {"running": 0, "failed": 1}.get(trial.state, 2))
     page = max(0, min(int(query.number("page", 0)), (len(chosen) - 1) // PAGE_ROWS)) if chosen else 0
     part = chosen[page * PAGE_ROWS : (page + 1) * PAGE_ROWS]
@@ -79,6 +81,11 @@ def study_page(view: StudyView, query: Query) -> Context:
     }
 
 
+def _text(trial: TrialView) -> str:
+    """What a trial is found by."""
+    return f"{trial.id} {' '.join(trial.controls)} {' '.join(f'{name}={value}' for name, value in trial.params.items())}".lower()
+
+
 def _cell(trial: TrialView, name: str) -> tuple[str, str, str]:
     """State, text and hint of one trial's runs of one stage."""
     own = [stage for stage in trial.stages if stage["name"] == name]
@@ -87,7 +94,7 @@ def _cell(trial: TrialView, name: str) -> tuple[str, str, str]:
     leading = ("failed", "running", "waiting") if done < len(own) else ("complete",)
     state = next((state for state in leading if states[state]), "waiting")
     state = "reused" if own and states["reused"] == len(own) else state
-    mark = {"complete": "✓", "reused": "=", "running": "▶", "failed": "✗", "waiting": "·"}[state]
+    mark = MARKS[state]
     retried = max((stage["attempts"] for stage in own), default=0)
     text = mark if len(own) == 1 else f"{mark} {done}/{len(own)}"
     hint = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -112,9 +119,17 @@ def pareto_page(view: StudyView, query: Query) -> Context:
     x, y = (given if (given := query.get(name)) in choices else default for name, default in (("x", x), ("y", y)))
     third = query.get("z") if query.get("z") in choices else (third if "z" not in query.values else None)
     shares = query.number("kept", 100 * KEPT)
-    low, high = query.number("depth_min", 0), query.number("depth_max", 30)
-    kept = [trial for trial in view.finished if trial.in_study and low <= (trial.shape.depth if trial.shape else 0) <= high]
-    key = ("pareto", x, y, third, low, high)
+    low, high, widest = query.number("depth_min", 0), query.number("depth_max", 30), query.number("active_max", math.inf)
+    text = query.get("q").lower()
+    kept = [
+        trial
+        for trial in view.finished
+        if trial.in_study
+        and low <= (trial.shape.depth if trial.shape else 0) <= high
+        and trial.active_width <= widest
+        and text in _text(trial)
+    ]
+    key = ("pareto", x, y, third, low, high, widest, text)
     shown = view.memo(key, lambda: figures.pareto(view, x, y, third, kept)) if view.finished else None
     volume = view.memo("hypervolume", lambda: figures.hypervolume_over_time(view))
     names = [name for name in (y, x, third) if name]
@@ -130,6 +145,9 @@ def pareto_page(view: StudyView, query: Query) -> Context:
         "kept": shares,
         "depth_min": int(low),
         "depth_max": int(high),
+        "active_max": "" if math.isinf(widest) else int(widest),
+        "num_kept": len(kept),
+        "num_competing": sum(trial.in_study for trial in view.finished),
         "deepest": max((trial.shape.depth for trial in view.trials if trial.shape), default=0),
         "figures": [figure for figure in (shown, volume) if figure is not None],
         "picks": picks(view, kept, shares / 100),
@@ -158,8 +176,8 @@ def depth_page(view: StudyView, query: Query) -> Context:
         "figures": view.memo("depth", drawn),
         "claims": view.memo("claims", lambda: claims(view)),
         "decidable": decidability(view),
-        "tasks": view.memo("tasks", lambda: report.task_table(view, report.shown_trials(view))),
-        "paper": report.paper_table() if columns else None,
+        "tasks": view.memo("tasks", lambda: tables.task_table(view, report.shown_trials(view))),
+        "paper": tables.paper_table() if columns else None,
     }
 
 
@@ -185,7 +203,7 @@ def training_page(view: StudyView, query: Query) -> Context:
 def trial_page(view: StudyView, query: Query) -> Context:
     """Everything about one trial."""
     trial = view.trial(query.get("trial"))
-    metrics = [(name, with_interval(trial.estimate(name), 4)) for name in trial.averages]
+    metrics = [(name, with_interval(trial.estimate(name), 4)) for name in sorted(trial.averages, key=_importance)]
     curve = training_figures.curves(view, [trial])
     leaves = [training_figures.leaf_usage(trial, replicate) for replicate in range(view.num_replicates)][:1]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
@@ -204,6 +222,11 @@ def trial_page(view: StudyView, query: Query) -> Context:
         "picks": [pick for pick in picks_of_study if pick["trial"] == trial.id],
         "picking": any(pick["state"] == "running" for pick in picks_of_study),
     }
+
+
+def _importance(metric: str) -> tuple[int, str]:
+    first = ("quality/", "glue/", "task/", REL_TIME, "ff/cpu/ns_per_token", "mlm/", "tree/")
+    return next((place for place, start in enumerate(first) if metric.startswith(start)), len(first)), metric
 
 
 def compare_page(view: StudyView, query: Query) -> Context:

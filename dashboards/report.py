@@ -15,10 +15,11 @@ import yaml
 from markupsafe import Markup
 
 import fffsweep
-from fffsweep.dashboards import depth_figures, figures, formats, paper, print_figures, training_figures
+from fffsweep.dashboards import depth_figures, figures, formats, print_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
+from fffsweep.dashboards.tables import paper_speed_table, paper_table, task_table
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import claims, decidability, layouts
 
@@ -190,18 +191,6 @@ def tiles(view: StudyView) -> list[tuple[str, str, str]]:
     return shown
 
 
-def task_table(view: StudyView, trials: Sequence[TrialView]) -> dict[str, Any]:
-    """Scores of single tasks on the validation splits, and their baselines."""
-    finished = [trial for trial in trials if trial.metrics]
-    lines = [[trial.id, *(with_interval(trial.estimate(f"task/{task}/validation")) for task in view.tasks)] for trial in finished]
-    if view.reference:
-        baselines = [
-            view.reference.value(f"task/{task}/baseline_validation") or view.reference.value(f"task/{task}/baseline") for task in view.tasks
-        ]
-        lines.append(["majority/mean baseline", *(number(value) for value in baselines)])
-    return {"titles": ["trial", *view.tasks], "rows": lines}
-
-
 def setup(view: StudyView) -> list[tuple[str, str]]:
     """What was varied and what was held fixed."""
     config, stages = view.config, view.config.get("stages", {})
@@ -260,23 +249,6 @@ def commands(view: StudyView) -> list[tuple[str, str]]:
     ]
 
 
-def paper_table() -> dict[str, Any]:
-    """Table 1 of the paper, as transcribed."""
-    titles = ["model", "width", "active %", *paper.TASK_COLUMNS]
-    lines = [
-        [row.model, str(row.width), f"{row.active_percent:g}", *(number(row.scores.get(name), 1) for name in paper.TASK_COLUMNS)]
-        for row in paper.table()
-    ]
-    return {"titles": titles, "rows": lines}
-
-
-def paper_speed_table() -> dict[str, Any]:
-    """Table 2 of the paper, as transcribed."""
-    lines = paper.speedups()
-    titles = [name for name in lines[0] if name != "note"]
-    return {"titles": titles, "rows": [[line[name] or "–" for name in titles] for line in lines]}
-
-
 def markdown(view: StudyView) -> str:
     """Answers and results in Markdown."""
     judged = decidability(view)
@@ -284,7 +256,13 @@ def markdown(view: StudyView) -> str:
     for claim in claims(view):
         text += f"- **{claim.question}** {claim.answer}\n"
         text += "".join(f"  - {formats.plain(f.trial)}: {formats.plain(f.measured)}; {f.answer}; {f.confidence}\n" for f in claim.findings)
-    text += f"\n## Results\n\n{formats.markdown(view)}\n## Reproduce\n\n"
+    text += f"\n## Results\n\n{formats.markdown(view)}\n"
+    tasks = task_table(view, shown_trials(view))
+    if tasks["rows"]:
+        lines = [tasks["titles"], ["---"] * len(tasks["titles"]), *tasks["rows"]]
+        rows_of_text = ("| " + " | ".join(map(formats.plain, line)) + " |\n" for line in lines)
+        text += "## Single tasks, validation splits\n\n" + "".join(rows_of_text) + "\n"
+    text += "## Reproduce\n\n"
     return text + "".join(f"{what}\n\n    {command}\n\n" for what, command in commands(view))
 
 
@@ -294,5 +272,14 @@ def latex(view: StudyView) -> str:
     for claim in claims(view):
         for finding in claim.findings:
             cells = (claim.question, finding.trial, finding.measured, finding.answer)
-            text += " & ".join(formats.escaped(cell) for cell in cells) + " \\\\\n"
-    return text + "\\bottomrule\n\\end{tabular}\n"
+            text += _latex_row(cells)
+    text += "\\bottomrule\n\\end{tabular}\n"
+    tasks = task_table(view, shown_trials(view))
+    if not tasks["rows"]:
+        return text
+    text += f"\n\\begin{{tabular}}{{l{'r' * (len(tasks['titles']) - 1)}}}\n\\toprule\n{_latex_row(tasks['titles'])}\\midrule\n"
+    return text + "".join(map(_latex_row, tasks["rows"])) + "\\bottomrule\n\\end{tabular}\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(formats.escaped, cells)) + " \\\\\n"

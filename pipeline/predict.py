@@ -99,7 +99,7 @@ class Predictor:
         if len(places) == 0:
             raise PredictError(f"a mask lies beyond the model's {self.model.config.max_position_embeddings} tokens; shorten the text")
         chances = torch.softmax(logits[places], dim=1)
-        best: list[str] = self.tokenizer.convert_ids_to_tokens(chances.argmax(1).tolist())
+        best = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in chances.argmax(1).tolist()]
         top = chances[0].topk(_TOP)
         words = self.tokenizer.convert_ids_to_tokens(top.indices.tolist())
         return Prediction(" ".join(best), dict(zip(words, top.values.tolist(), strict=True)))

@@ -83,6 +83,21 @@ def test_pareto_axes_filters_and_picks(client):
     get(client, "/pareto", study="whole", x="no such metric", depth_min="deep", kept="much")
 
 
+def test_pareto_filters(client):
+    def front(**query):
+        text = get(client, "/pareto", study="whole", **query).text
+        found = re.search(r'id="figure-pareto">(.*?)</script>', text, re.DOTALL)
+        traces = json.loads(found[1])["spec"]["data"]
+        return {name for trace in traces if trace["name"] in ("Pareto front", "dominated") for name in trace["customdata"]}, text
+
+    assert len(front()[0]) == 9
+    assert front(active_max="48")[0] == {"8x5", "4x6", "2x7", "1x8"}
+    assert front(q="x7")[0] == {"2x7"}
+    nothing, text = front(q="no such trial")
+    assert nothing == set()
+    assert "nothing is left to draw" in text
+
+
 def test_compare_says_how_sure(client):
     text = get(client, "/compare", study="whole", trial=["512x0", "1x8"]).text
     assert "feedforward.depth" in text

@@ -63,11 +63,11 @@ def test_evidence_without_fresh_seeds_says_so(whole):
     json.dumps(found, allow_nan=False)
 
 
-def test_fresh_seeds_stand_apart(results, generated, whole):
+def test_fresh_seeds_stand_apart(tmp_path, generated, whole):
     """A study of the same trial with two seeds more: evidence on those two alone."""
     few = {"layouts": ("512x0", "1x8"), "controls": ("reference_dense(512)",), "replicates": 5}
-    generated.generate(results, "confirmed", **few)
-    confirmed = load_study(results, "confirmed")
+    generated.generate(tmp_path, "confirmed", **few)
+    confirmed = load_study(tmp_path, "confirmed")
     fresh = evidence(whole, whole.trial("1x8"), confirmed, 2)["fresh"]
     values = confirmed.trial("1x8").replicates("quality/avg")
     assert fresh["seeds"] == [3, 4]

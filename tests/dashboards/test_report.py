@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from fffsweep.dashboards import report
+from fffsweep.dashboards import report, tables
 from fffsweep.dashboards.queries import load_study
 
 
@@ -119,3 +119,18 @@ def test_durations(seconds, shown):
 
 def test_sizes():
     assert [report.size(value) for value in (12, 1500, 2.5e6, 3e13)] == ["12 B", "1.5 kB", "2.5 MB", "30.0 TB"]
+
+
+def test_tasks_stand_in_the_paper_s_columns(generated, tmp_path):
+    glue = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "sst2-like")
+    few = {"layouts": ("512x0", "1x8"), "controls": ("reference_dense(512)",), "replicates": 1, "finetunings": 1, "steps": 5}
+    generated.generate(tmp_path, "glue", tasks=glue, **few)
+    view = load_study(tmp_path, "glue")
+    table = tables.task_table(view, view.trials)
+    assert table["titles"] == ["trial", "RTE", "MRPC", "STS-B", "SST-2", "MNLI", "QNLI", "QQP", "CoLA", "sst2-like"]
+    row = next(row for row in table["rows"] if row[0] == "1x8")
+    assert row[1] == f"{view.trial('1x8').metrics['task/rte/validation']:.2f}"
+    assert table["rows"][-1][0] == "majority/mean baseline"
+    for written, sign in ((report.markdown(view), "| RTE |"), (report.latex(view), "& RTE &")):
+        assert sign in written
+        assert row[1] in written
