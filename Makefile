@@ -5,12 +5,13 @@ PYTHON ?= python3
 CONFIG ?= sweeps/quickstart.yaml
 STUDY ?=
 PYTEST_ARGS ?=
+ROUNDS ?= 20
 
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts --constraint constraints.txt
 NATIVE := setup.py $(wildcard kernels/native/*)
-UNIT := not integration and not browser and not postgres and not sanitizer and not gpu
+UNIT := not integration and not browser and not postgres and not sanitizer and not chaos and not gpu
 
 # A quiet step: its output goes to a log that is shown only if the step fails.
 define step
@@ -24,7 +25,7 @@ help:
 	@echo "make sweep             set up and run CONFIG=$(CONFIG)"
 	@echo "make test              set up, unit tests and one end-to-end sweep; PYTEST_ARGS='-k name' narrows"
 	@echo "make test-integration  sanitizers, browsers and whatever else needs more than this package"
-	@echo "make chaos             faults injected into a running cluster"
+	@echo "make chaos             faults injected into a running cluster, ROUNDS=20 times each; FFFSWEEP_CHAOS_SEED gives other moments"
 	@echo "make lint              ruff and mypy; make format repairs what ruff can"
 	@echo "make bench             the kernel benchmark by itself"
 	@echo "make ui                dashboard of STUDY=, by default of the newest one"
@@ -62,11 +63,10 @@ $(STAMPS)/integration: $(STAMPS)/dev
 
 test-integration: setup-dev data
 	@$(MAKE) --silent --no-print-directory $(STAMPS)/integration
-	@FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer" $(PYTEST_ARGS)
+	@FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer or chaos" $(PYTEST_ARGS)
 
 chaos: setup-dev
-	@test -d tests/chaos || { echo "make chaos: there are no chaos tests yet; they come with clusters of several machines"; exit 2; }
-	@$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/chaos --rounds $(ROUNDS) $(PYTEST_ARGS)
 
 record-stages: setup-dev
 	@$(BIN)/python tests/test_stage_versions.py $(if $(SAME_RESULT),--same-result)

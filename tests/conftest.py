@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="fail unless a test with this marker ran: passed or failed, not skipped; may be repeated",
     )
+    parser.addoption("--rounds", type=int, default=1, help="how often each chaos test is run, each time by other chances")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,10 +31,8 @@ objectives: {quality/avg: maximize, ff/cpu/rel_time: minimize}
 """
 
 
-@pytest.fixture(scope="session")
-def tiny_directory_config(tmp_path_factory):
-    """Config `tiny-directory`, its data written."""
-    folder = tmp_path_factory.mktemp("directory")
+def write_data(folder):
+    """Texts and one labelled task for CONFIG, below `folder`."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(200)]
 
@@ -47,6 +45,13 @@ def tiny_directory_config(tmp_path_factory):
     for split, size in (("train", 60), ("validation", 20)):
         rows = [{"text": sentence(6), "label": number % 2} for number in range(size)]
         (folder / "rhyme" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def tiny_directory_config(tmp_path_factory):
+    """Config `tiny-directory`, its data written."""
+    folder = tmp_path_factory.mktemp("directory")
+    write_data(folder)
     path = folder / "tiny-directory.yaml"
     path.write_text(CONFIG.replace("PATH", str(folder)))
     return load_config(path)
