@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 import fffsweep
-from fffsweep import model_cli, store_cli
+from fffsweep import cluster_cli, model_cli, store_cli
 
 if TYPE_CHECKING:
     from fffsweep.dashboards.queries import StudyView
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The texts and labelled tasks that come from package wheels.")
 app.add_typer(data_app, name="data")
+cluster_cli.register(app)
 store_cli.register(app)
 model_cli.register(app)
 
@@ -106,7 +107,11 @@ def run(
     address: Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to join; without it one is started here.")] = None,
 ) -> int:
     """Run a sweep, or what is left of it: the same command goes on after a stop or a crash."""
-    sweep = _load(config, overrides, name)
+    return drive(_load(config, overrides, name), results, executor, address)
+
+
+def drive(sweep: SweepConfig, results: Path, executor: str, address: str | None) -> int:
+    """Run a sweep with its progress in the terminal. Returns the exit code."""
     _obtain(sweep, results)
     from fffsweep.sweeps.controller import run_sweep
     from fffsweep.sweeps.progress import TerminalProgress
