@@ -57,12 +57,13 @@ class Cluster:
 
     def __init__(self, address: str = ADDRESS) -> None:
         use_token()
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         self.address = address
         try:
             self._client: Any = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, AuthenticationError) as error:
             raise ConfigError(_refusal(address, str(error))) from None
 
     def submit(self, config: SweepConfig, results: Path, code: Code = "ship") -> Job:

@@ -53,7 +53,7 @@ class ThreeNodes:
     def add_preemptible(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.address}", "--num-cpus=1"]
         command += [f"--object-store-memory={MEMORY}", "--disable-usage-stats"]
-        environment = {**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "25"}
+        environment = {**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "90"}
         num_nodes = self.num_nodes()
         self._preemptible = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: self.num_nodes() > num_nodes, "a third node")
@@ -65,7 +65,7 @@ class ThreeNodes:
 
     def wait_preempted(self) -> None:
         assert self._preemptible is not None
-        self._preemptible.wait(60)
+        self._preemptible.wait(150)
 
     def runs_on_preemptible(self, pid: int) -> bool:
         """Whether a worker process belongs to the third node."""
