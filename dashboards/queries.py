@@ -88,7 +88,7 @@ class StudyView:
     @property
     def matches_time(self) -> bool:
         """Whether all trials were pretrained for the same time; else for the same number of tokens."""
-        return self.config.get("stages", {}).get("pretrain", {}).get("wall_clock_s") is not None
+        return (self.config.get("stages", {}).get("pretrain") or {}).get("wall_clock_s") is not None
 
     @property
     def maximize(self) -> list[bool]:

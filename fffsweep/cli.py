@@ -255,9 +255,11 @@ def _load(path: Path, overrides: list[str] | None, name: str | None) -> SweepCon
     """The config, checked together with the data that it names, before anything is started."""
     from fffsweep.pipeline.data import check
     from fffsweep.sweeps.config import load_config
+    from fffsweep.sweeps.conversion import check_encoder
 
     config = load_config(path, overrides or [], name)
     check(config.stages.prepare)
+    check_encoder(config)
     return config
 
 

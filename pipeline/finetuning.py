@@ -16,9 +16,9 @@ from torch import Tensor
 from fffsweep.pipeline import optimisation, schedules
 from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData, Split
+from fffsweep.pipeline.encoders import load_classifier
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.metrics import baseline, decide, scores
-from fffsweep.pipeline.model import FffForSequenceClassification
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 
@@ -54,24 +54,21 @@ class Finetuning:
         prepared = PreparedData(context.inputs["prepare"])
         found = prepared.task(config.task)
         self.task, self.splits = found.task, found.splits
-        self.pad_id = prepared.tokenizer().pad_token_id
+        tokenizer = prepared.tokenizer()
+        self.pad_id, self.separator_id = tokenizer.pad_token_id, tokenizer.sep_token_id
         train = self.splits["train"]
         if len(train) == 0:
             raise ValueError(f"task {config.task}: no training rows; expected at least one")
         self.rows = np.random.default_rng(ROWS_SEED).permutation(len(train))[: config.max_rows]
         with optimisation.quiet_transformers():
-            self.model = FffForSequenceClassification.from_pretrained(
-                context.inputs["pretrain"] / "model",
-                num_labels=self.task.num_labels,
-                hidden_dropout_prob=config.dropout,
-                pooling=config.pooling,
-                head_size=config.head_size,
-            )
+            self.model = load_classifier(context.inputs["pretrain"] / "model", self.task.num_labels, config)
+        self.has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
         self.model.to(context.device)  # type: ignore[arg-type]
         self.optimizer = optimisation.make_optimizer(self.model, config)
         self.guard = optimisation.LossGuard(math.inf)
         self.checkpoints = Checkpoints(context.work, 60 * config.checkpoint_minutes)
         self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
+        self.selection_logits: NDArray[np.float32] | None = None
         self.at = Progress()
 
     def resume(self) -> None:
@@ -124,29 +121,33 @@ class Finetuning:
         chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
         rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
         train = self.splits["train"]
-        inputs, mask = self._padded(train, chosen)
         labels = torch.from_numpy(np.asarray(train.labels)[chosen]).to(self.context.device)
         with optimisation.autocast(config.precision, self.context.device):
-            loss = self.model(inputs, attention_mask=mask, labels=labels).loss
+            loss = self.model(**self._padded(train, chosen), labels=labels).loss
         loss.backward()
         optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
         return float(loss.detach()), rate
 
-    def _padded(self, split: Split, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask [rows, longest of them]."""
+    def _padded(self, split: Split, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Inputs of the model [rows, longest of them]: ids, attention mask, and the text that each token is of if the model asks."""
         sequences = [np.asarray(split.input_ids[int(row)]) for row in rows]
         lengths = np.array([len(each) for each in sequences])
         ids = np.full((len(rows), lengths.max()), self.pad_id, dtype=np.int64)
         for index, each in enumerate(sequences):
             ids[index, : len(each)] = each
         mask = np.arange(ids.shape[1]) < lengths[:, None]
-        return torch.from_numpy(ids).to(self.context.device), torch.from_numpy(mask).to(self.context.device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.has_types:
+            ended = ids == self.separator_id
+            inputs["token_type_ids"] = (np.cumsum(ended, axis=1) - ended) * mask
+        return {name: torch.from_numpy(each).to(self.context.device) for name, each in inputs.items()}
 
     def _close_epoch(self, rate: float) -> None:
         at = self.at
         row = {"step": at.step, "epoch": at.step // self.steps_per_epoch, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
         if len(self.splits["selection"]):
-            predictions = decide(self.task, self.predict(self.splits["selection"]))
+            self.selection_logits = self.predict(self.splits["selection"])
+            predictions = decide(self.task, self.selection_logits)
             row |= {f"selection/{name}": value for name, value in scores(self.task, predictions, self.splits["selection"].labels).items()}
         at.losses = []
         at.curve.append(row)
@@ -159,9 +160,8 @@ class Finetuning:
         logits = np.empty((len(split), self.task.num_labels), dtype=np.float32)
         for start in range(0, len(order), EVALUATION_BATCH):
             rows = order[start : start + EVALUATION_BATCH]
-            inputs, mask = self._padded(split, rows)
             with optimisation.autocast(self.config.precision, self.context.device):
-                logits[rows] = self.model(inputs, attention_mask=mask).logits.float().cpu().numpy()
+                logits[rows] = self.model(**self._padded(split, rows)).logits.float().cpu().numpy()
         self.model.train()
         return logits
 
@@ -181,7 +181,8 @@ class Finetuning:
         for name, split in self.splits.items():
             if name == "train" or len(split) == 0:
                 continue
-            predictions = decide(self.task, self.predict(split))
+            logits = self.selection_logits if name == "selection" else None  # those of the last epoch
+            predictions = decide(self.task, self.predict(split) if logits is None else logits)
             self._write_predictions(name, predictions)
             found = scores(self.task, predictions, split.labels)
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}

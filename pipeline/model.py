@@ -208,7 +208,7 @@ class FffForMaskedLM(FffPreTrainedModel):
             labels = labels[positions]
         logits = self.decoder(x.flatten(0, 1).index_select(0, positions))
         loss = functional.cross_entropy(logits.float(), labels)
-        return MaskedLMOutput(loss=_with_auxiliary(loss, self), logits=logits)
+        return MaskedLMOutput(loss=with_auxiliary(loss, self), logits=logits)
 
 
 class FffForSequenceClassification(FffPreTrainedModel):
@@ -243,10 +243,11 @@ class FffForSequenceClassification(FffPreTrainedModel):
             loss = functional.mse_loss(logits.float().squeeze(1), labels.float())
         else:
             loss = functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=_with_auxiliary(loss, self), logits=logits)
+        return SequenceClassifierOutput(loss=with_auxiliary(loss, self), logits=logits)
 
 
-def _with_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
+def with_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
+    """`loss` with the penalties that the last training forward left in the layers of `model`."""
     penalty = auxiliary_loss(model)
     return loss if penalty is None else loss + penalty
 

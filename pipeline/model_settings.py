@@ -18,8 +18,8 @@ class FeedForward(Settings):
     variant: `dense` (`trees` neurons, depth 0), `fff` (2311.10770: every node emits), `original_fff` (2308.14711: routers that only
     decide, a small dense layer of `leaf_width` neurons at each leaf, mixed softly in training and one alone at inference), `none`
     (no feedforward layer), `random_routing` (an fff whose path is a hash of token id, layer, tree and `routing_seed`, in training
-    and at inference). A tree of depth 0 is a dense layer and becomes one, and what a variant does not read is left out of it,
-    so that equal models are equal configs.
+    and at inference), `unchanged` (an existing encoder's own dense layer of `trees` neurons). A tree of depth 0 is a dense layer and
+    becomes one, and what a variant does not read is left out of it, so that equal models are equal configs.
     init: `normal`, N(0, 0.02) with zero biases at every layout; `fan`, uniform within 1 / sqrt(inputs used for one token).
     execution: how a tree is computed, in training and evaluation (original_fff: in evaluation); `masked` costs as much as a dense
     layer of its width.
@@ -29,7 +29,7 @@ class FeedForward(Settings):
     hardening: weight of the decisions' mean entropy in the loss. transposition: chance that a decision is turned round in training.
     """
 
-    variant: Literal["dense", "fff", "original_fff", "none", "random_routing"]
+    variant: Literal["dense", "fff", "original_fff", "none", "random_routing", "unchanged"]
     trees: Count = Field(default=1, ge=1)
     depth: Count = Field(default=0, ge=0)
     leaf_width: Count = Field(default=1, ge=1, description="original_fff: neurons of a leaf")
@@ -62,7 +62,7 @@ class FeedForward(Settings):
 
     @model_validator(mode="after")
     def _shape_exists(self) -> FeedForward:
-        if self.variant == "dense" and self.depth:
+        if self.variant in ("dense", "unchanged") and self.depth:
             raise ValueError(f"variant dense with depth={self.depth}: a dense layer has depth 0; use variant fff for a tree")
         if self.variant == "dense" and self.master_leaf:
             raise ValueError(f"variant dense with master_leaf={self.master_leaf}: every neuron is used anyway; add them to trees")
@@ -97,6 +97,7 @@ _UNREAD = {
     "fff": (*_OF_ORIGINAL, "routing_seed"),
     "original_fff": (*_OF_DECISIONS, "routing_seed"),
     "random_routing": (*_OF_ORIGINAL, *_OF_DECISIONS),
+    "unchanged": tuple(name for name in FeedForward.model_fields if name not in ("variant", "trees")),
 }
 
 

@@ -122,6 +122,8 @@ class StageRun:
 _STAGES = {
     "prepare": "fffsweep.pipeline.stages.prepare:Prepare",
     "pretrain": "fffsweep.pipeline.stages.pretrain:Pretrain",
+    "activations": "fffsweep.pipeline.stages.convert:Activations",
+    "convert": "fffsweep.pipeline.stages.convert:Convert",
     "finetune": "fffsweep.pipeline.stages.finetune:Finetune",
     "benchmark_cpu": "fffsweep.pipeline.stages.benchmark:BenchmarkCpu",
     "collect": "fffsweep.pipeline.stages.collect:Collect",

@@ -12,6 +12,7 @@ from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Count, Settings, parse_count
 from fffsweep.pipeline.stages.benchmark import BenchmarkConfig
+from fffsweep.pipeline.stages.convert import ConvertRecipe
 from fffsweep.pipeline.stages.finetune import FinetuneRecipe
 from fffsweep.pipeline.stages.prepare import PrepareConfig
 from fffsweep.pipeline.stages.pretrain import PretrainRecipe
@@ -45,7 +46,9 @@ Layout = Annotated[
 ControlText = Annotated[
     str,
     BeforeValidator(lambda value: parse_control(value).text),
-    WithJsonSchema({"type": "string", "pattern": r"^\s*(none|reference_dense\s*\(.+\)|(dense_active|random_routing)(\s*\(.+\))?)\s*$"}),
+    WithJsonSchema(
+        {"type": "string", "pattern": r"^\s*(none|unchanged|reference_dense\s*\(.+\)|(dense_active|random_routing)(\s*\(.+\))?)\s*$"}
+    ),
 ]
 _DEPTH = {"type": "integer", "minimum": 0}
 Depths = Annotated[
@@ -101,10 +104,11 @@ class SweepFinetune(FinetuneRecipe):
 
 
 class Stages(Settings):
-    """Settings of each stage. Without `benchmark_cpu` nothing is timed."""
+    """Settings of each stage: one of `pretrain` and `convert`. Without `benchmark_cpu` nothing is timed."""
 
     prepare: PrepareConfig
-    pretrain: PretrainRecipe
+    pretrain: PretrainRecipe | None = None
+    convert: ConvertRecipe | None = None
     finetune: SweepFinetune
     benchmark_cpu: BenchmarkConfig | None = None
 

@@ -11,11 +11,13 @@ from pydantic import Field, ValidationError, model_validator
 from fffsweep.kernels.shape import TreeShape, layout_of_width, parse_layout
 from fffsweep.pipeline.model_settings import ModelSettings
 from fffsweep.pipeline.settings import Count, Settings
+from fffsweep.pipeline.stages.convert import ConvertConfig
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 from fffsweep.pipeline.stages.pretrain import PretrainConfig
 from fffsweep.sweeps.blocks import ControlText, Depths, Layout, Name, Seeds, Stages, SweepModel, Width
 from fffsweep.sweeps.config_errors import Misfit, explain, nearest_first
 from fffsweep.sweeps.controls import Control, parse_control
+from fffsweep.sweeps.conversion import check_conversion, share_vocabulary
 from fffsweep.sweeps.limits import ON_GPU, StageLimits, StageName
 from fffsweep.sweeps.objectives import metrics_of, unknown_metric
 from fffsweep.sweeps.search import Sampler, Search, check_search, lay_over, searchable_shapes
@@ -49,6 +51,7 @@ class SweepConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:
+        check_conversion(self)
         self._check_space()
         self._check_controls()
         self._check_tasks()
@@ -213,8 +216,15 @@ class SweepConfig(Settings):
 
     def pretrain_config(self, model: ModelSettings, point: Mapping[str, Any] = NOTHING) -> PretrainConfig:
         """Config of the pretraining of `model`, a point's values laid over it."""
+        assert self.stages.pretrain is not None  # else the model is a converted one
         recipe = lay_over(self.stages.pretrain.resolved(), "stages.pretrain", point)
         return PretrainConfig.model_validate({**recipe, "model": model.resolved()})
+
+    def convert_config(self, model: ModelSettings, point: Mapping[str, Any] = NOTHING) -> ConvertConfig:
+        """Config of the conversion of the encoder into `model`, a point's values laid over it."""
+        assert self.stages.convert is not None  # else there is no encoder
+        recipe = lay_over(self.stages.convert.resolved(), "stages.convert", point)
+        return ConvertConfig.model_validate({**recipe, "model": model.resolved()})
 
     def finetune_config(self, task: str, point: Mapping[str, Any] = NOTHING) -> FinetuneConfig:
         """Config of the finetuning on `task`: a point's values laid over the recipe, and over both what is said of the task alone."""
@@ -235,6 +245,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = (), name: str | Non
     if name is not None:
         source.put(("name",), name, f"--name {name}")
     _share(source)
+    share_vocabulary(source)
     try:
         return SweepConfig.model_validate(source.values)
     except ValidationError as error:

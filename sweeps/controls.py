@@ -9,11 +9,12 @@ from typing import Literal
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.settings import parse_count
 
-ControlKind = Literal["reference_dense", "none", "dense_active", "random_routing"]
+ControlKind = Literal["reference_dense", "none", "unchanged", "dense_active", "random_routing"]
 
 _FORMS = {
     "reference_dense": "reference_dense(WIDTH)",
     "none": "none",
+    "unchanged": "unchanged",
     "dense_active": "dense_active or dense_active(LAYOUT)",
     "random_routing": "random_routing or random_routing(LAYOUT)",
 }
@@ -23,7 +24,8 @@ _FORMS = {
 class Control:
     """One entry of a config's `controls`.
 
-    reference_dense: dense layer of `width`, against which relative times are taken. none: no feedforward layer.
+    reference_dense: dense layer of `width`, against which relative times are taken. none: no feedforward layer. unchanged: the
+    encoder of stage convert as it is.
     dense_active: dense layer of a layout's active width. random_routing: a layout whose path is a hash of the token.
     `layout` is None where the control is meant for every layout of the sweep.
     """
@@ -40,7 +42,7 @@ class Control:
 
     def over(self, layouts: list[str]) -> list[Control]:
         """This control for one layout each."""
-        if self.kind in ("reference_dense", "none") or self.layout is not None:
+        if self.kind in ("reference_dense", "none", "unchanged") or self.layout is not None:
             return [self]
         return [Control(self.kind, layout=layout) for layout in layouts]
 
@@ -53,8 +55,8 @@ def parse_control(text: str) -> Control:
         width = parse_count(argument)
         if isinstance(width, int) and width >= 1:
             return Control("reference_dense", width=width)
-    elif kind == "none" and argument is None:
-        return Control("none")
+    elif kind in ("none", "unchanged") and argument is None:
+        return Control(kind)  # type: ignore[arg-type]
     elif kind in ("dense_active", "random_routing") and argument != "":
         try:
             return Control(kind, layout=None if argument is None else parse_layout(argument).layout)  # type: ignore[arg-type]

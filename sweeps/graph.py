@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from fffsweep.pipeline.stage import Resources, StageRun, get_stage, stage_run
 from fffsweep.pipeline.stages.collect import CollectConfig
+from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.space import TrialSpec
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage run of one trial. label: `prepare`, `pretrain/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>` or `collect`."""
+    """One stage run of one trial.
+
+    label: `prepare`, `activations`, `pretrain/<r>` or `convert/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>` or `collect`.
+    """
 
     label: str
     run: StageRun
@@ -42,17 +46,34 @@ class Graph:
         config, stages = self._config, [self._prepare]
         for replicate in range(config.seeds.pretrain if replicates is None else replicates):
             pretrain = self._pretraining(spec, replicate)
+            if "activations" in pretrain.run.inputs and replicate == 0:
+                stages.append(self._activations(config.convert_config(spec.model, spec.point)))
             stages += [pretrain, *self._finetunings(spec, pretrain, replicate)]
             if config.stages.benchmark_cpu is not None:
-                inputs = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
-                run = stage_run("benchmark_cpu", config.stages.benchmark_cpu, replicate, {role: s.run.key for role, s in inputs.items()})
+                read = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
+                run = stage_run("benchmark_cpu", config.stages.benchmark_cpu, replicate, {role: s.run.key for role, s in read.items()})
                 stages.append(_planned(f"benchmark_cpu/{replicate}", run, replicate))
-        collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, {s.label: s.run.key for s in stages[1:]})
+        inputs = {s.label: s.run.key for s in stages if s.label not in ("prepare", "activations")}
+        collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, inputs)
         return TrialPlan(spec, (*stages, _planned("collect", collect)))
 
     def _pretraining(self, spec: TrialSpec, replicate: int) -> PlannedStage:
+        """The stage run that a trial's model comes from."""
+        if self._config.stages.convert is not None:
+            return self._conversion(spec, replicate)
         settings = self._config.pretrain_config(spec.model, spec.point)
         return _planned(f"pretrain/{replicate}", stage_run("pretrain", settings, replicate, {"prepare": self._prepare.run.key}), replicate)
+
+    def _conversion(self, spec: TrialSpec, replicate: int) -> PlannedStage:
+        settings = self._config.convert_config(spec.model, spec.point)
+        inputs = {"prepare": self._prepare.run.key}
+        if spec.model.feedforward.variant not in WITHOUT_ACTIVATIONS:
+            inputs["activations"] = self._activations(settings).run.key
+        return _planned(f"convert/{replicate}", stage_run("convert", settings, replicate, inputs), replicate)
+
+    def _activations(self, settings: ConvertConfig) -> PlannedStage:
+        """The reading that all conversions share, whatever their seed."""
+        return _planned("activations", stage_run("activations", settings.activations, 0, {"prepare": self._prepare.run.key}))
 
     def _reference_pretraining(self, replicate: int) -> PlannedStage:
         if replicate not in self._references:

@@ -10,7 +10,7 @@ from pydantic import Field
 from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Resources
 
-StageName = Literal["prepare", "pretrain", "finetune", "benchmark_cpu", "collect"]
+StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "collect"]
 ON_GPU = ("pretrain", "finetune")
 
 

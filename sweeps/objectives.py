@@ -14,6 +14,7 @@ _PRETRAIN = (
     *("params/total", "params/feedforward", "memory/peak_rss_bytes", "time/tokens_per_s", "time/train_s"),
     *("tree/leaf_entropy", "tree/dead_nodes", "ff/width", "ff/active_width"),
 )
+_CONVERT = ("params/total", "params/feedforward", "ff/width", "ff/active_width")  # what controls have too
 _BENCHMARK = ("rel_time", "ns_per_token")
 
 
@@ -23,7 +24,8 @@ def metrics_of(config: SweepConfig) -> list[str]:
     Figures of the official validation splits are not among them: they are reported, never selected by.
     """
     stages = config.stages
-    metrics = ["quality/avg", *(f"task/{task}/selection" for task in stages.finetune.tasks), *_PRETRAIN]
+    trained = _PRETRAIN if stages.pretrain is not None else _CONVERT
+    metrics = ["quality/avg", *(f"task/{task}/selection" for task in stages.finetune.tasks), *trained]
     if stages.benchmark_cpu is not None:
         metrics += [f"ff/cpu/{figure}" for figure in _BENCHMARK]
         for point in stages.benchmark_cpu.points:

@@ -156,8 +156,8 @@ def _settings(run: StageRun) -> str:
 
 def _amount(run: StageRun) -> float:
     """What a run's time grows with, as far as its config says: the budget of pretraining."""
-    budgets = [run.config.get(name) for name in ("tokens", "steps", "wall_clock_s")]
-    return float(next(filter(None, budgets), 1.0)) if run.stage == "pretrain" else 1.0
+    budgets = [run.config.get(name) for name in ("tokens", "steps", "wall_clock_s", "distinct_tokens")]
+    return float(next(filter(None, budgets), 1.0)) if run.stage in ("pretrain", "convert", "activations") else 1.0
 
 
 def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: _History) -> tuple[float, float, str]:
@@ -179,11 +179,24 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
         if settings["wall_clock_s"]:
             return float(settings["wall_clock_s"]), num_bytes, "the wall-clock budget"
         tokens = float(settings["tokens"] or settings["steps"] * settings["batch_size"] * model.sequence_length)
+    elif name in ("activations", "convert"):
+        return _guess_conversion(stage.run, hidden, model.num_layers, used, num_bytes)
     elif name == "finetune":
         tokens = float(settings["max_rows"] or 10_000) * float(settings["epochs"]) * model.sequence_length / 2
     else:
         return _GUESS_S.get(name, 0.0), num_bytes, "a rough guess"
     return 3 * tokens * token_macs / (_MACS_PER_SECOND * stage.resources.cpus), num_bytes, "a rough guess by tokens"
+
+
+def _guess_conversion(run: StageRun, hidden: int, num_layers: int, used: int, num_bytes: float) -> tuple[float, float, str]:
+    """As `_guess`: an encoder reads in the one stage, its new feedforward layers alone are trained in the other."""
+    if run.stage == "activations":
+        tokens = float(run.config["distinct_tokens"])
+        macs, num_bytes = tokens * num_layers * 12 * hidden**2, tokens * 4 * num_layers * hidden
+    else:
+        trained = "activations" in run.inputs
+        macs = 3 * float(run.config["tokens"]) * num_layers * 2 * hidden * used * trained
+    return macs / (_MACS_PER_SECOND * float(run.config["cpus"])), num_bytes, "a rough guess by tokens"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:

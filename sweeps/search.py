@@ -264,7 +264,7 @@ def settable(config: SweepConfig) -> list[str]:
     """Paths of the settings that a search may vary, those of the layer's shape and single tasks aside."""
     blocks = {
         "model": config.model.resolved(),
-        "stages.pretrain": config.stages.pretrain.resolved(),
+        **{f"stages.{name}": block.resolved() for name in ("pretrain", "convert") if (block := getattr(config.stages, name)) is not None},
         "stages.finetune": {name: value for name, value in config.stages.finetune.resolved().items() if name != "overrides"},
     }
     paths = [path for block, values in blocks.items() for path in _leaves(values, block)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fffsweep.kernels.shape import TreeShape, parse_layout
+from fffsweep.pipeline.encoder_folder import encoder_sizes
 from fffsweep.pipeline.model_settings import ModelSettings
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.sweeps.config import SweepConfig
@@ -144,6 +145,9 @@ def _controlled(config: SweepConfig, control: Control) -> ModelSettings:
         return config.model_settings("dense", TreeShape(control.width or 0, 0))
     if control.kind == "none":
         return config.model_settings("none")
+    if control.kind == "unchanged":
+        assert config.stages.convert is not None  # the config was checked
+        return config.model_settings("unchanged", TreeShape(encoder_sizes(config.stages.convert.encoder).feedforward, 0))
     shape = parse_layout(control.layout or "")
     if control.kind == "dense_active":
         return config.model_settings("dense", TreeShape(config.model_settings("fff", shape).feedforward.active_width, 0))

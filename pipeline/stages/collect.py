@@ -1,4 +1,7 @@
-"""Stage `collect`: what a trial amounts to, over all its replicates. Input roles: `pretrain/r`, `finetune/r/task/f`, `benchmark_cpu/r`."""
+"""Stage `collect`: what a trial amounts to, over all its replicates.
+
+Input roles: `pretrain/r` or `convert/r`, `finetune/r/task/f`, `benchmark_cpu/r`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Collect:
     """
 
     name: ClassVar[str] = "collect"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = ("pipeline/tasks.py",)
     Config: ClassVar[type[Settings]] = CollectConfig
 
@@ -52,7 +55,7 @@ class Collect:
             kind, *rest = role.split("/")
             if kind == "finetune":
                 finetunings[int(rest[0]), rest[1]].append(metrics)
-            elif kind in ("pretrain", "benchmark_cpu", "benchmark_gpu"):
+            elif kind in ("pretrain", "convert", "benchmark_cpu", "benchmark_gpu"):
                 for name, value in metrics.items():
                     replicates[name][int(rest[0])] = value
         for replicate in sorted({number for number, _ in finetunings}):

@@ -1,4 +1,4 @@
-"""Stage `finetune`: one task, on one pretrained model. Input roles: `prepare`, `pretrain`. Its seed is the finetuning seed."""
+"""Stage `finetune`: one task, on one pretrained or converted model. Input roles: `prepare`, `pretrain`. Its seed is the finetuning seed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 from fffsweep.pipeline.schedules import RISING
 from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Metrics, Resources, StageContext
-from fffsweep.pipeline.stages.pretrain import Schedule
+from fffsweep.pipeline.stages.pretrain import MODEL_SOURCES, Schedule
 
 
 class FinetuneRecipe(Settings):
     """Everything about finetuning but the task. The defaults are cramming's "GLUE-sane" recipe (arXiv 2212.14034, section 4.3).
 
-    dropout: of the embeddings, both halves of each layer and the head, while training.
+    dropout: of the embeddings, both halves of each layer and the head, while training. An existing encoder keeps its own head, reads the
+    first token and keeps the dropout of its attention.
     """
 
     epochs: Count = Field(default=5, ge=1)
@@ -61,25 +62,13 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
-        "pipeline/model.py",
-        "pipeline/feedforward.py",
-        "pipeline/node_trees.py",
-        "pipeline/leaf_trees.py",
-        "pipeline/variants.py",
-        "pipeline/optimisation.py",
-        "pipeline/schedules.py",
+        "pipeline/encoders.py",
         "pipeline/metrics.py",
         "pipeline/glue.py",
-        "pipeline/data/prepared.py",
-        "pipeline/tasks.py",
-        "kernels/activations.py",
-        "kernels/cmm.py",
-        "kernels/shape.py",
-        "kernels/torch_forms.py",
-        "kernels/native/*",
+        *MODEL_SOURCES,
     )
     Config: ClassVar[type[Settings]] = FinetuneConfig
 

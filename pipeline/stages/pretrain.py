@@ -12,6 +12,22 @@ from fffsweep.pipeline.schedules import RISING
 from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Metrics, Resources, StageContext
 
+MODEL_SOURCES = (  # of every stage that trains a model
+    "pipeline/model.py",
+    "pipeline/feedforward.py",
+    "pipeline/node_trees.py",
+    "pipeline/leaf_trees.py",
+    "pipeline/variants.py",
+    "pipeline/optimisation.py",
+    "pipeline/schedules.py",
+    "pipeline/data/prepared.py",
+    "pipeline/tasks.py",
+    "kernels/activations.py",
+    "kernels/cmm.py",
+    "kernels/shape.py",
+    "kernels/torch_forms.py",
+    "kernels/native/*",
+)
 Schedule = Literal["triangle", "one_cycle", "wsd", "cosine", "constant"]
 
 
@@ -82,21 +98,8 @@ class Pretrain:
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/masking.py",
-        "pipeline/model.py",
-        "pipeline/feedforward.py",
-        "pipeline/node_trees.py",
-        "pipeline/leaf_trees.py",
-        "pipeline/variants.py",
-        "pipeline/optimisation.py",
-        "pipeline/schedules.py",
         "pipeline/tree_health.py",
-        "pipeline/data/prepared.py",
-        "pipeline/tasks.py",
-        "kernels/activations.py",
-        "kernels/cmm.py",
-        "kernels/shape.py",
-        "kernels/torch_forms.py",
-        "kernels/native/*",
+        *MODEL_SOURCES,
     )
     Config: ClassVar[type[Settings]] = PretrainConfig
 

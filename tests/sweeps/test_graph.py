@@ -1,11 +1,14 @@
 """From a config to keys: what is shared, what is measured against what, what a change makes anew."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from fffsweep.sweeps.config import load_config
+from fffsweep.sweeps.config import ConfigError, load_config
+from fffsweep.sweeps.conversion import check_encoder
 from fffsweep.sweeps.graph import build
+from fffsweep.sweeps.plan import make_plan
 from fffsweep.sweeps.space import expand
 
 TINY = Path(__file__).parents[2] / "sweeps" / "tiny.yaml"
@@ -86,3 +89,68 @@ def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(graph, override
         for label, stage in stages.items():
             same = stage.run.key == changed[trial][label].run.key
             assert same == (stage.run.stage not in stale), (trial, label)
+
+
+def converting(tmp_path, **more):
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "encoder"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 30, "vocab_size": 50}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n")
+    path = tmp_path / "converting.yaml"
+    path.write_text(
+        f"""
+description: conversion
+model: {{hidden_size: 16, num_layers: 2, num_heads: 2, feedforward: {{output_bias: true}}}}
+layouts: [2x3, 30x0]
+controls: [unchanged, none, dense_active]
+stages:
+  prepare: {{source: wheels}}
+  convert: {{encoder: {folder}, tokens: 1000}}
+  finetune: {{tasks: [stsb]}}
+objectives: {{quality/avg: maximize, ff/active_width: minimize}}
+seeds: {{pretrain: 2}}
+"""
+    )
+    return load_config(path, more.get("overrides", ()))
+
+
+def test_conversions_share_one_reading_and_controls_without_training_need_none(tmp_path):
+    config = converting(tmp_path)
+    check_encoder(config)
+    assert config.stages.prepare.vocabulary_file == str(tmp_path / "encoder" / "vocab.txt")
+    plans = {plan.spec.id: plan for plan in build(config, expand(config))}
+    assert set(plans) == {"2x3", "30x0", "unchanged", "none", "dense_active(2x3)"}
+    readings = {stage.run.key for plan in plans.values() for stage in plan.stages if stage.label == "activations"}
+    assert len(readings) == 1
+    for name, plan in plans.items():
+        labels = [stage.label for stage in plan.stages]
+        assert [label for label in labels if label.startswith("convert")] == ["convert/0", "convert/1"]
+        assert ("activations" in labels) == (name not in ("unchanged", "none"))
+        by_label = {stage.label: stage.run for stage in plan.stages}
+        assert by_label["finetune/1/stsb/0"].inputs["pretrain"] == by_label["convert/1"].key
+        assert set(by_label["collect"].inputs) == {"convert/0", "convert/1", "finetune/0/stsb/0", "finetune/1/stsb/0"}
+    assert plans["unchanged"].spec.model.feedforward.active_width == 30
+    make_plan(config, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.pretrain={tokens: 1000}", "stages: got both of pretrain and convert"),
+        ("stages.convert=null", "stages: got neither of pretrain and convert"),
+        ("stages.benchmark_cpu={}", "stages.benchmark_cpu with convert"),
+        ("stages.finetune.pooling=mean", "stages.finetune: pooling=mean, head_size=None with convert"),
+    ],
+)
+def test_what_does_not_go_with_a_conversion_is_refused(override, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        converting(tmp_path, overrides=[override])
+
+
+def test_the_model_must_be_the_encoder_s(tmp_path):
+    with pytest.raises(ValueError, match=r"model.num_layers=3: expected 2, that of stages.convert.encoder"):
+        check_encoder(converting(tmp_path, overrides=["model.num_layers=3"]))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        check_encoder(converting(tmp_path, overrides=["stages.convert.encoder=nowhere"]))
