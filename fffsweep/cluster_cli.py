@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -148,9 +150,37 @@ def cluster_join(
     block: Annotated[bool, typer.Option("--block", help="Stay until it ends; SIGTERM then has running stages save themselves.")] = False,
     extra: Annotated[list[str] | None, typer.Argument(metavar="[-- RAY OPTIONS]", help="Further options of `ray start`.")] = None,
 ) -> int:
-    """Add this machine to a cluster."""
+    """Add this machine to a cluster, once its head answers."""
+    cluster_wait(address)
     options = [*(["--labels=role=bench"] if bench else []), *(["--block"] if block else []), *(extra or [])]
     return _ray_start([f"--address={address}", *options])
+
+
+@cluster_app.command("wait")
+def cluster_wait(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The head's.")],
+    timeout_s: Annotated[float, typer.Option("--timeout", metavar="SECONDS")] = 300.0,
+) -> None:
+    """Return when the head of a cluster answers."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise typer.BadParameter(f"{address}: expected HOST:PORT, such as 127.0.0.1:6379")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return
+        if time.monotonic() > deadline:
+            raise typer.BadParameter(f"no head answers at {address} within {timeout_s:g} s: start one with fffsweep cluster start")
+        time.sleep(0.5)
+
+
+@cluster_app.command("token")
+def cluster_token() -> None:
+    """Make the token that clusters ask for, unless there is one, and print the path of its file."""
+    from fffsweep.sweeps.cluster_auth import make_token, token_path
+
+    make_token()
+    print(token_path())
 
 
 @cluster_app.command("drive", hidden=True)
