@@ -47,7 +47,7 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
 
 def confirming_name(study: str, trial: str) -> str:
     """Name of that study."""
-    name = f"pick of {trial} in {study}"
+    name = f"pick-{trial}-of-{study}"
     while len(name.encode()) > 80:
         name = name[:-1]
     return name

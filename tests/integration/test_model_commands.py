@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fffsweep.sweeps.record import study_folder
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.integration
 
@@ -51,7 +53,7 @@ def test_the_pick_is_written_down(results):
     assert fresh["seeds"] == [1]
     assert set(fresh["values"]) == {"quality/avg", "quality/validation_avg", "ff/cpu/rel_time"}
     assert fresh["values"]["quality/avg"] != pick["evidence"]["values"]["quality/avg"]
-    record = json.loads((results / "studies" / fresh["study"] / "study.json").read_text())
+    record = json.loads((study_folder(results, fresh["study"]) / "study.json").read_text())
     states = [stage["state"] for trial in record["trials"] for stage in trial["stages"] if stage["replicate"] == 0]
     assert set(states) == {"reused"}, "the seeds it was chosen on must not be run again"
 
