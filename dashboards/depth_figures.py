@@ -7,11 +7,8 @@ from dataclasses import replace
 
 from fffsweep.dashboards import paper
 from fffsweep.dashboards.figures import (
-    DASHES,
     MARKERS,
     NAMES,
-    NUM_SERIES,
-    SYMBOLS,
     Figure,
     Spec,
     axis,
@@ -21,7 +18,7 @@ from fffsweep.dashboards.figures import (
     role,
     trial_rows,
 )
-from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, Point, StudyView
+from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, StudyView
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.kernels.shape import parse_layout
 
@@ -127,91 +124,6 @@ def _finish(view: StudyView, metric: str, groups: dict[str, list[TrialView]], fi
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": baseline, "y1": baseline, "layer": "below"}
     layout.setdefault("shapes", []).append({**line, "line": {"color": "@none", "width": 1, "dash": "dot"}})
     return replace(figure, caption=f"{figure.caption} Dotted: the majority/mean baseline, {baseline:.1f}.")
-
-
-def speedup_by_depth(view: StudyView) -> Figure | None:
-    """Speed-up of the layer at every benchmark point, and the limit by arithmetic; None without timings."""
-    trials = [trial for trial in view.finished if trial.in_study and trial.shape is not None]
-    trials = sorted(trials, key=lambda trial: (trial.shape.depth, trial.shape.trees) if trial.shape else (0, 0))
-    data, rows = [], []
-    for index, point in enumerate(view.points):
-        timed = [trial for trial in trials if trial.metrics.get(f"ff/cpu/{point.label}/rel_time")]
-        if not timed:
-            continue
-        trace = _speed_trace(timed, point, index)
-        data.append(trace)
-        for trial, speed in zip(timed, trace["y"], strict=True):
-            row = {"trial": trial.id, "depth": trial.shape.depth if trial.shape else None, **_facts(point), "speedup": speed}
-            rows.append({**row, "limit": view.flop_limit(trial), "roofline": roofline(trial, point)})
-    if not data:
-        return None
-    limits = [(trial.shape.depth, limit) for trial in trials if trial.shape and (limit := view.flop_limit(trial))]
-    if limits:
-        line = {"type": "scatter", "mode": "lines", "name": "limit by arithmetic", "line": {"color": "@none", "dash": "dot", "width": 2}}
-        data.append({**line, "x": [depth for depth, _ in limits], "y": [limit for _, limit in limits]})
-    roofs = _roofline_traces(trials, view.points)
-    data += roofs
-    layout: Spec = {"xaxis": axis("depth (branch decisions)", dtick=1), "yaxis": axis("speed-up over the dense reference layer", log=True)}
-    caption = (
-        "Trained weights and real activations, best verified implementation, median times interleaved with the reference. "
-        "The limit counts multiplications alone: reference width over active width. "
-    )
-    caption += (
-        "Roofline: the reference's time over the least time that the machine's measured peaks allow the layer; cold, the weights of "
-        "every visited node come from memory once."
-        if roofs
-        else "No roofline: the machine's peaks were not measured when these layers were timed; run the sweep again to have them."
-    )
-    return Figure("speedup-depth", "Speed-up against depth", caption, {"data": data, "layout": layout}, rows)
-
-
-def roofline(trial: TrialView, point: Point) -> float | None:
-    """Speed-up over the reference, as it was timed, that the machine's peaks allow; None where they were not measured."""
-    least, reference = (trial.metrics.get(f"ff/cpu/{point.label}/{name}") for name in ("roofline_ns_per_token", "reference_ns_per_token"))
-    return reference / least if least and reference else None
-
-
-def _roofline_traces(trials: Sequence[TrialView], points: Sequence[Point]) -> list[Spec]:
-    """One line for each cold point in its colour, all under one name: hot, the roofline is but the limit by arithmetic at peak speed."""
-    traces: list[Spec] = []
-    for index, point in enumerate(points):
-        limits = [(trial.shape.depth, limit) for trial in trials if trial.shape and (limit := roofline(trial, point))]
-        if limits and point.mode == "cold":
-            line = {"color": f"@series{index % NUM_SERIES}", "dash": "dashdot", "width": 1}
-            named: Spec = {"name": "roofline of each cold point", "legendgroup": "roofline", "showlegend": not traces}
-            told = f"roofline, {_name(point)}: %{{y:.1f}}x<extra></extra>"
-            place = {"x": [depth for depth, _ in limits], "y": [limit for _, limit in limits]}
-            traces.append({"type": "scatter", "mode": "lines", "line": line, "hovertemplate": told, **named, **place})
-    return traces
-
-
-def _name(point: Point) -> str:
-    tokens = f"{point.tokens} token{'s' if point.tokens > 1 else ''}, {point.mode}"
-    return tokens + ("" if point.dtype == "float32" else f", {point.dtype}") + _threads(point)
-
-
-def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
-    speeds = [1 / trial.metrics[f"ff/cpu/{point.label}/rel_time"] for trial in timed]
-    joined = len(timed) <= _MANY_TRIALS
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if joined else "markers",
-        "name": _name(point),
-        "x": [trial.shape.depth for trial in timed if trial.shape],
-        "y": speeds,
-        "marker": {"color": f"@series{index % NUM_SERIES}", "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
-        "line": {"color": f"@series{index % NUM_SERIES}", "dash": DASHES[index // 4 % len(DASHES)]},
-        "customdata": [trial.id for trial in timed],
-        "hovertemplate": "%{customdata}: %{y:.2f}x<extra>%{fullData.name}</extra>",
-    }
-
-
-def _threads(point: Point) -> str:
-    return "" if point.threads == 1 else f", {point.threads} threads"
-
-
-def _facts(point: Point) -> dict[str, object]:
-    return {"tokens": point.tokens, "dtype": point.dtype, "threads": point.threads, "mode": point.mode}
 
 
 def retention_by_depth(view: StudyView) -> Figure | None:

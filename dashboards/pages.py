@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, tables, training_figures
+from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, speed_figures, tables, training_figures
 from fffsweep.dashboards.figures import Figure
 from fffsweep.dashboards.picks import picks
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
@@ -166,7 +166,7 @@ def depth_page(view: StudyView, query: Query) -> Context:
         found = [
             depth_figures.quality_by_depth(view),
             depth_figures.quality_by_active_width(view),
-            depth_figures.speedup_by_depth(view),
+            *speed_figures.speedups(view),
             depth_figures.retention_by_depth(view),
         ]
         return [figure for figure in found if figure is not None and figure.spec["data"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fffsweep.dashboards import depth_figures, figures, training_figures
+from fffsweep.dashboards import depth_figures, figures, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 
@@ -40,7 +40,7 @@ def write_figures(view: StudyView, folder: Path) -> list[Path]:
         figures.pareto(view, REL_TIME, QUALITY),
         depth_figures.quality_by_depth(view),
         depth_figures.quality_by_active_width(view),
-        depth_figures.speedup_by_depth(view),
+        *speed_figures.speedups(view),
         depth_figures.retention_by_depth(view),
         training_figures.curves(view, training_figures.chosen_for_curves(view), replicate=0),
     ]

@@ -15,7 +15,7 @@ import yaml
 from markupsafe import Markup
 
 import fffsweep
-from fffsweep.dashboards import depth_figures, figures, formats, print_figures, training_figures
+from fffsweep.dashboards import depth_figures, figures, formats, print_figures, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
@@ -154,7 +154,7 @@ def report_figures(view: StudyView) -> list[Figure]:
         figures.pareto(view, *pareto_axes(view)),
         depth_figures.quality_by_depth(view),
         depth_figures.quality_by_active_width(view),
-        depth_figures.speedup_by_depth(view),
+        *speed_figures.speedups(view),
         depth_figures.retention_by_depth(view),
         training_figures.curves(view, curved),
         training_figures.left_turns(layouts(view)[: training_figures.MOST_CURVES]),

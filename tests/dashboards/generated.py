@@ -242,7 +242,7 @@ class Generator:
             metrics |= {f"{here}/rel_time": rel_time, f"{here}/ns_per_token": 9000 * rel_time, f"{here}/reference_ns_per_token": 9000.0}
             if shape is not None:
                 arithmetic_ns, nodes = 7000 * shape.active_width / 512, min(shape.width, tokens * shape.active_width)
-                memory_ns = 0 if mode == "hot" else 100 * nodes / tokens
+                memory_ns = 0 if mode == "hot" else 15 * nodes / tokens
                 metrics[f"{here}/roofline_ns_per_token"] = max(arithmetic_ns, memory_ns)
             if (tokens, mode) == (128, "cold"):
                 metrics |= {"ff/cpu/rel_time": rel_time, "ff/cpu/ns_per_token": 9000 * rel_time, "ff/cpu/reference_ns_per_token": 9000.0}

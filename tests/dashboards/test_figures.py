@@ -8,7 +8,7 @@ import re
 import plotly.graph_objects as go
 import pytest
 
-from fffsweep.dashboards import depth_figures, figures, paper, report, training_figures
+from fffsweep.dashboards import depth_figures, figures, paper, report, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS
 from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, load_study
 from fffsweep.dashboards.verdicts import layouts
@@ -24,7 +24,7 @@ def accepted(figure):
 def test_plotly_accepts_every_figure(results, name):
     view = load_study(results, name)
     drawn = report.report_figures(view)
-    assert {"pareto", "quality-depth", "quality-active-width", "speedup-depth", "retention-depth"} <= {figure.slug for figure in drawn}
+    assert {"pareto", "quality-depth", "quality-active-width", "speedup-cold", "retention-depth"} <= {figure.slug for figure in drawn}
     assert len({figure.slug for figure in drawn}) == len(drawn)
     for figure in drawn:
         assert accepted(figure).data
@@ -67,24 +67,27 @@ def test_quality_figures_hold_the_measured_values(whole):
     assert at["dense_active(8x5)"] == at["8x5"] == 5
 
 
-def test_speedup_stands_beside_the_limit(whole):
-    drawn = depth_figures.speedup_by_depth(whole)
-    by_name = {trace["name"]: trace for trace in drawn.spec["data"]}
-    limit = by_name["limit by arithmetic"]
-    assert dict(zip(limit["x"], limit["y"], strict=True))[8] == 512 / 9
-    roofs = [trace for trace in drawn.spec["data"] if trace["name"].startswith("roofline")]
-    assert len(roofs) == sum(point.mode == "cold" for point in whole.points) == len(drawn.spec["data"]) - len(whole.points) - 1
-    assert [trace["showlegend"] for trace in roofs] == [True, False, False, False]
-    one = next(trace for trace in roofs if "1 token," in trace["hovertemplate"])
-    assert dict(zip(one["x"], one["y"], strict=True))[8] == pytest.approx(9000 / 900), "9 nodes of 100 ns from memory"
-    assert {row["roofline"] is None for row in drawn.rows} == {False}
+def test_speedup_stands_beside_the_limit_and_the_roofline(whole):
+    cold, hot = speed_figures.speedups(whole)
+    assert (cold.slug, hot.slug) == ("speedup-cold", "speedup-hot")
+    for drawn, mode in ((cold, "cold"), (hot, "hot")):
+        count = sum(point.mode == mode for point in whole.points)
+        limit = next(trace for trace in drawn.spec["data"] if trace["name"] == "limit by arithmetic")
+        assert dict(zip(limit["x"], limit["y"], strict=True))[8] == 512 / 9
+        roofs = [trace for trace in drawn.spec["data"] if trace["name"] == "roofline"]
+        assert len(drawn.spec["data"]) == 2 * count + 1
+        assert [trace["showlegend"] for trace in roofs] == [True, False, False, False]
+        assert {row["mode"] for row in drawn.rows} == {mode}
+        assert {row["roofline"] is None for row in drawn.rows} == {False}
+    one = next(trace for trace in cold.spec["data"] if "roofline, 1 token:" in trace.get("hovertemplate", ""))
+    assert dict(zip(one["x"], one["y"], strict=True))[8] == pytest.approx(9000 / (9 * 15)), "9 nodes of 15 ns from memory"
 
 
 def test_a_study_without_peaks_says_so(whole, monkeypatch):
-    monkeypatch.setattr(depth_figures, "roofline", lambda trial, point: None)
-    drawn = depth_figures.speedup_by_depth(whole)
-    assert "No roofline" in drawn.caption
-    assert not any("roofline" in trace["name"] for trace in drawn.spec["data"])
+    monkeypatch.setattr(speed_figures, "roofline", lambda trial, point: None)
+    for drawn in speed_figures.speedups(whole):
+        assert "No roofline" in drawn.caption
+        assert not any("roofline" in trace["name"] for trace in drawn.spec["data"])
 
 
 def test_curves_have_a_line_for_each_replicate(whole):
@@ -133,7 +136,7 @@ def test_paper_averages_recompute():
 def test_figures_for_print(whole, fresh, tmp_path):
     written = report.write(whole, tmp_path / "figures", "figures")
     assert {path.suffix for path in written} == {".svg", ".pdf"}
-    assert len(written) == 12
+    assert len(written) == 14
     assert all(path.stat().st_size > 5000 for path in written)
     with pytest.raises(ValueError, match="no trial has finished yet"):
         report.write(fresh, tmp_path / "none", "figures")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +15,12 @@ from fffsweep.dashboards.queries import load_study
 from fffsweep.dashboards.report import write_report
 from fffsweep.sweeps.record import study_folder
 
-playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-CHROMIUM = (
-    os.environ.get("FFFSWEEP_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.integration,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set FFFSWEEP_CHROMIUM to one"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.integration]
 
 EVIL = "<script>alert(document.title)</script>"
-SCREENS = {"desk": ({"width": 1280, "height": 900}, "light"), "phone": ({"width": 390, "height": 844}, "dark")}
+WIDTHS = {"desk": 1280, "phone": 390}
 PAGES = ("study", "pareto", "depth", "training", "compare", "trial")
 
 
@@ -77,37 +67,6 @@ def address(results):
         yield found
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Open pages that are watched: what they log as errors and which other hosts they ask for is collected, and must be nothing."""
-    contexts, faults = [], []
-
-    def opened(screen):
-        viewport, scheme = SCREENS[screen]
-        context = browser.new_context(viewport=viewport, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        own = ("http://localhost:", "file://", "data:", "blob:")
-        page.on("request", lambda request: None if request.url.startswith(own) else faults.append(f"asked for {request.url}"))
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert faults == []
-
-
 def settled(page):
     if page.locator("[data-figure]").count():
         page.locator("html[data-figures=drawn]").wait_for(state="attached", timeout=60_000)
@@ -126,14 +85,14 @@ def query(page, study):
     return f"/{page}?study={study}{trials.get(page, '')}"
 
 
-@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("screen", WIDTHS)
 @pytest.mark.parametrize("study", ["small", "thousand"])
 @pytest.mark.parametrize("name", ["", *PAGES])
 def test_page(visit, address, screen, study, name):
     page = visit(screen)
     page.goto(address + (query(name, study) if name else "/"))
     settled(page)
-    width = SCREENS[screen][0]["width"]
+    width = WIDTHS[screen]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     assert page.locator("h1").count() == 1
     for index in range(page.locator("[data-figure]").count()):
@@ -141,14 +100,14 @@ def test_page(visit, address, screen, study, name):
     assert violations(page) == []
 
 
-@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("screen", WIDTHS)
 def test_report(visit, results, tmp_path, screen):
     path = write_report(load_study(results, "small"), tmp_path / "report.html")
     page = visit(screen)
     page.goto(path.as_uri())
     settled(page)
     assert page.locator("svg.main-svg").count() >= 8
-    assert page.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen][0]["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[screen]
     assert violations(page) == []
 
 
@@ -240,3 +199,41 @@ def test_a_thousand_trials_are_usable_soon(visit, address):
     elapsed_ms = page.evaluate("performance.now()")
     print(f"Pareto page of 1,000 trials drawn after {elapsed_ms:.0f} ms")
     assert elapsed_ms < 8000
+
+
+@pytest.fixture(scope="module")
+def real(trained):
+    with serving(trained) as found:
+        yield found
+
+
+@pytest.mark.parametrize("screen", WIDTHS)
+def test_every_page_of_a_trained_study(visit, real, screen):
+    page = visit(screen)
+    for name in ("", *PAGES):
+        page.goto(real + (f"/{name}?study=tiny&trial=4x3&trial=reference_dense" if name else "/"))
+        settled(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[screen], name
+        assert violations(page) == [], name
+    assert "models:/tiny stsb@champion" in page.goto(f"{real}/study?study=tiny").text()
+
+
+def test_a_trial_is_picked_by_its_button(visit, real, trained):
+    """The page follows the pick, which runs in a process of its own, to its end without being loaded anew."""
+    page = visit("desk")
+    page.goto(f"{real}/trial?study=tiny&trial=4x3")
+    page.get_by_role("link", name="Pick this trial").click()
+    page.get_by_label("Alias in the registry").fill("by-button")
+    page.get_by_label("Fresh seeds").fill("0")
+    page.get_by_role("button", name="Pick", exact=True).click()
+    card = page.get_by_role("region", name="Pick by-button")
+    card.get_by_text("▶ running").wait_for()
+    page.evaluate("window.loadedOnce = true")
+    card.get_by_text("models:/tiny@by-button").wait_for(timeout=200_000)
+    assert page.evaluate("window.loadedOnce")
+    assert "not run again on fresh seeds" in card.inner_text()
+    pick = json.loads((study_folder(trained, "tiny") / "picks" / "by-button.json").read_text())
+    assert pick["state"] == "complete"
+    page.get_by_label("Alias in the registry").fill("two words")
+    page.get_by_role("button", name="Pick", exact=True).click()
+    assert page.get_by_label("Alias in the registry").evaluate("each => !each.checkValidity()"), "the form itself must refuse it"

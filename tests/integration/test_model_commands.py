@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,47 +17,23 @@ import pytest
 
 from fffsweep.sweeps.record import study_folder
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.integration
 
-PROGRAM = [sys.executable, "-P", "-c", "from fffsweep.cli import main; main()"]
 
-
-def fffsweep(*arguments, stdin="", code=0):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "OPTUNA_"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*PROGRAM, *arguments], cwd=CHECKOUT, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr}"
-    return ended.stdout if code == 0 else ended.stderr
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A study of three trials, one pretraining seed each, and its choice 4x3 picked on one fresh seed."""
-    folder = tmp_path_factory.mktemp("results")
-    small = ["--set", "layouts=[4x3]", "--set", "controls=[reference_dense(60), none]", "--results", str(folder), "--executor", "inline"]
-    fffsweep("run", "sweeps/tiny.yaml", *small)
-    pick = ["pick", "tiny", "4x3", "--alias", "champion", "--executor", "inline", "--results", str(folder)]
-    told = fffsweep(*pick, "--fresh-seeds", "1", "--task", "stsb")
-    assert "models:/tiny stsb@champion (version 1)" in told
-    assert "on 1 fresh seed" in told
-    return folder
-
-
-def test_the_pick_is_written_down(results):
-    (path,) = (results / "studies" / "tiny" / "picks").glob("*.json")
+def test_the_pick_is_written_down(trained):
+    (path,) = (trained / "studies" / "tiny" / "picks").glob("*.json")
     pick = json.loads(path.read_text())
     assert (pick["state"], pick["model"]) == ("complete", {"name": "tiny stsb", "version": "1"})
     fresh = pick["evidence"]["fresh"]
     assert fresh["seeds"] == [1]
     assert set(fresh["values"]) == {"quality/avg", "quality/validation_avg", "ff/cpu/rel_time"}
     assert fresh["values"]["quality/avg"] != pick["evidence"]["values"]["quality/avg"]
-    record = json.loads((study_folder(results, fresh["study"]) / "study.json").read_text())
+    record = json.loads((study_folder(trained, fresh["study"]) / "study.json").read_text())
     states = [stage["state"] for trial in record["trials"] for stage in trial["stages"] if stage["replicate"] == 0]
     assert set(states) == {"reused"}, "the seeds it was chosen on must not be run again"
 
 
-def test_mlflow_holds_model_alias_and_evidence(results):
+def test_mlflow_holds_model_alias_and_evidence(trained, fffsweep):
     program = """
 import json, mlflow, sys
 mlflow.set_tracking_uri(sys.argv[1])
@@ -69,7 +44,7 @@ predicted = mlflow.pyfunc.load_model("models:/tiny stsb@champion").predict(["a m
 run = client.get_run(version.run_id)
 print(json.dumps([version.tags, version.description, evidence["trial"], predicted, run.info.status, run.info.run_name]))
 """
-    uri = f"sqlite:///{results / 'mlflow.db'}"
+    uri = f"sqlite:///{trained / 'mlflow.db'}"
     ended = subprocess.run([sys.executable, "-P", "-c", program, uri], capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr
     tags, description, trial, predicted, status, name = json.loads(ended.stdout.splitlines()[-1])
@@ -77,12 +52,12 @@ print(json.dumps([version.tags, version.description, evidence["trial"], predicte
     assert "fresh seed" in description
     assert len(predicted) == 2
     assert all(0 <= float(value) <= 5 for value in predicted)
-    assert "all sound" in fffsweep("verify", "tiny", "--results", str(results))
+    assert "all sound" in fffsweep("verify", "tiny", "--results", str(trained))
 
 
-def test_exported_models_load_without_our_import_and_predict(results, tmp_path):
+def test_exported_models_load_without_our_import_and_predict(trained, fffsweep, tmp_path):
     for task, folder in (((), "mlm"), (("--task", "sst2-like"), "classifier")):
-        fffsweep("export", "tiny", "4x3", str(tmp_path / folder), *task, "--results", str(results))
+        fffsweep("export", "tiny", "4x3", str(tmp_path / folder), *task, "--results", str(trained))
     program = """
 import sys, torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -101,8 +76,8 @@ for auto, folder in ((AutoModelForMaskedLM, "mlm"), (AutoModelForSequenceClassif
     words = fffsweep("predict", str(tmp_path / "mlm"), stdin="a [MASK] film\n")
     assert len(words.split("\t")) == 2
     assert "line 2: no [MASK]" in fffsweep("predict", str(tmp_path / "mlm"), stdin="[MASK]\nfilm\n", code=2)
-    assert "absent or empty" in fffsweep("export", "tiny", "4x3", str(tmp_path / "mlm"), "--results", str(results), code=2)
-    assert "expected one of" in fffsweep("pick", "tiny", "4x9", "--alias", "a", "--results", str(results), code=2)
+    assert "absent or empty" in fffsweep("export", "tiny", "4x3", str(tmp_path / "mlm"), "--results", str(trained), code=2)
+    assert "expected one of" in fffsweep("pick", "tiny", "4x9", "--alias", "a", "--results", str(trained), code=2)
 
 
 @contextlib.contextmanager
@@ -126,8 +101,8 @@ def fetched(address):
         return json.loads(answer.read())
 
 
-def test_optuna_dashboard_opens_the_study(results):
-    with optuna_dashboard(f"sqlite:///{results / 'optuna.db'}") as address:
+def test_optuna_dashboard_opens_the_study(trained):
+    with optuna_dashboard(f"sqlite:///{trained / 'optuna.db'}") as address:
         studies = {each["study_name"]: each for each in fetched(f"{address}/api/studies")["study_summaries"]}
         assert studies["tiny"]["directions"] == ["maximize", "minimize"]
         study = fetched(f"{address}/api/studies/{studies['tiny']['study_id']}?after=0")
@@ -136,13 +111,13 @@ def test_optuna_dashboard_opens_the_study(results):
     assert {"trees", "depth"} <= {param["name"] for param in trials[0]["params"]}
 
 
-def test_the_dashboard_s_links_lead_to_the_runs(results):
+def test_the_dashboard_s_links_lead_to_the_runs(trained):
     from fffsweep.dashboards.links import address
     from fffsweep.dashboards.queries import load_study
     from fffsweep.pipeline.tracking import MlflowClient
 
-    view = load_study(results, "tiny")
-    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+    view = load_study(trained, "tiny")
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'mlflow.db'}")
     for label in ("", "pretrain/0"):
         found = address(view, view.trial("4x3"), "mlflow", "http://mlflow", label)
         tags = client.get_run(found.rpartition("/")[2]).data.tags
