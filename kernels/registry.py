@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fffsweep.kernels import dense, library, naive, reference, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS, nearest_first
+from fffsweep.kernels.gpu import entries
 from fffsweep.kernels.layer import LayerWeights
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+EVERY = frozenset({F32, BF16, F16, F64})
 BOTH = frozenset({"cpu", "cuda"})
 Layer = Callable[[Tensor], Tensor]
 
@@ -27,6 +29,7 @@ class Implementation:
     `role`: "reference" is float64 loops, "cmm" computes trees, "dense" computes depth 0 alone, the baseline.
     `dtypes` are those of x and of the weights alike. `unavailable` gives the reason why it cannot run on this machine, or None;
     `refuses` the reason why it cannot take these weights, or None. `paths(weights, x)` gives the nodes it visits, where it can.
+    `bits8` and `tf32` say that float32 is rounded to 8 bits or to TF32 on the way: such times are not those of float32.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Implementation:
     variant_of: str | None = None
     slow: bool = False
     bits8: bool = False
+    tf32: bool = False
 
     def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
         """Reason why this implementation does not apply, or None if it does."""
@@ -90,7 +94,7 @@ def _torch_form(name: str, form: Callable[..., Tensor], paths: Callable[..., Ten
         "cmm",
         lambda weights: lambda x: form(x, weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation),
         devices=BOTH,
-        dtypes=frozenset({F32, BF16, F64}),
+        dtypes=EVERY,
         supports_backward=True,
         paths=lambda weights, x: paths(x, weights.w_in, weights.b_in, weights.shape),
     )
@@ -122,11 +126,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("numpy_level2", "cmm", naive.level2, slow=True),
     Implementation("sparse_coo", "cmm", naive.sparse(torch.sparse_coo), slow=True),
     Implementation("sparse_csr", "cmm", naive.sparse(torch.sparse_csr), slow=True),
-    Implementation("torch_dense", "dense", dense.eager, BOTH, frozenset({F32, BF16, F64}), supports_backward=True),
-    Implementation("torch_dense_padded", "dense", dense.padded, BOTH, frozenset({F32, BF16, F64}), supports_backward=True),
-    Implementation("torch_dense_compiled", "dense", dense.compiled, BOTH, frozenset({F32, BF16}), unavailable=_no_compiler, slow=True),
+    Implementation("torch_dense", "dense", dense.eager, BOTH, EVERY, supports_backward=True),
+    Implementation("torch_dense_padded", "dense", dense.padded, BOTH, EVERY, supports_backward=True),
+    Implementation("torch_dense_compiled", "dense", dense.compiled, BOTH, frozenset({F32, BF16, F16}), unavailable=_no_compiler, slow=True),
     Implementation("numpy_sgemm", "dense", dense.numpy_sgemm),
     Implementation("torch_int8_dynamic", "dense", dense.int8_dynamic, unavailable=_no_int8, bits8=True),
+    *(Implementation(**fields) for fields in entries.fields()),
 )
 
 

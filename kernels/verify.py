@@ -14,6 +14,7 @@ from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.reference import Array
 from fffsweep.kernels.registry import Implementation
 
+TF32_EPSILON = 2.0**-10
 SLOPE_BOUND = 1.13  # the steepest activation of the table, gelu
 
 
@@ -43,29 +44,34 @@ def verify(
     y = implementation.prepare(weights)(x)
     if y.shape != x.shape or y.dtype != x.dtype:
         return Verdict(False, 0, float("inf"), f"output is {y.dtype} {list(y.shape)}, expected {x.dtype} {list(x.shape)}")
+    stored = max(float(torch.finfo(weights.w_in.dtype).eps), TF32_EPSILON if implementation.tf32 else 0.0)
     own = implementation.paths(weights, x) if implementation.paths else None
     expected = reference.forward(weights, x)
-    paths = expected.paths if own is None else own.numpy()
+    paths = expected.paths if own is None else own.cpu().numpy()
     flips = int((paths != (expected.paths if exact is None else reference.forward(exact, x).paths)).any(axis=(1, 2)).sum())
     if (paths != expected.paths).any():
-        unsound = _unsound_flips(paths, expected, weights)
+        unsound = _unsound_flips(paths, expected, weights, stored)
         if unsound:
             return Verdict(False, flips, float("inf"), f"{unsound} paths leave the reference's at logits that are not within rounding of 0")
         expected = reference.forward(weights, x, torch.from_numpy(paths))
-    error, tolerance = np.abs(y.detach().double().numpy() - expected.y), output_tolerance(weights, expected)
+    error, tolerance = np.abs(y.detach().cpu().double().numpy() - expected.y), output_tolerance(weights, expected, stored)
     if implementation.bits8:
         tolerance = tolerance + quantisation_tolerance(weights, x, expected)
     worst, reason = _worst("output", error, tolerance)
     if backward and reason is None:
-        grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         y.backward(grad_y)
-        worst, reason = _compare_gradients(weights, x, grad_y, expected, worst)
+        worst, reason = _compare_gradients(weights, x, grad_y, expected, worst, stored)
     return Verdict(reason is None, flips, worst, reason)
 
 
-def output_tolerance(weights: LayerWeights, done: reference.Forward) -> Array:
-    """Rounding error that outputs [tokens, hidden] may show: both reductions in float32 or better, stored in the weights' dtype."""
-    epsilon, stored = _epsilons(weights)
+def output_tolerance(weights: LayerWeights, done: reference.Forward, stored: float | None = None) -> Array:
+    """Rounding error that outputs [tokens, hidden] may show: both reductions in float32 or better.
+
+    stored: epsilon of the operands and outputs, by default that of the weights' dtype.
+    """
+    epsilon = _sum_epsilon(weights)
+    stored = stored or float(torch.finfo(weights.w_in.dtype).eps)
     logits = SLOPE_BOUND * epsilon * (weights.hidden + 8) * done.y_logit_terms
     # torch rounds logits and activations to the dtype too
     rounding = 4 * stored * (done.y_terms + SLOPE_BOUND * done.y_logit_terms) if stored > epsilon else 0.0
@@ -85,14 +91,14 @@ def quantisation_tolerance(weights: LayerWeights, x: Tensor, done: reference.For
     return np.asarray(hidden_error @ w_out + step_out * (hidden + hidden_error).sum(axis=1, keepdims=True))
 
 
-def _epsilons(weights: LayerWeights) -> tuple[float, float]:
-    stored = float(torch.finfo(weights.w_in.dtype).eps)
-    return min(stored, float(torch.finfo(torch.float32).eps)), stored
+def _sum_epsilon(weights: LayerWeights) -> float:
+    """Epsilon of sums: float32's, or that of a wider dtype."""
+    return min(float(torch.finfo(weights.w_in.dtype).eps), float(torch.finfo(torch.float32).eps))
 
 
-def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights) -> int:
+def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights, stored: float) -> int:
     """Paths that part from the reference where its logit lies further from zero than rounding explains."""
-    epsilon, stored = _epsilons(weights)
+    epsilon = _sum_epsilon(weights)
     slack = (epsilon * (weights.hidden + 8) + (4 * stored if stored > epsilon else 0.0)) * expected.logit_terms
     count = 0
     for token, tree in np.argwhere((paths != expected.paths).any(axis=2)):
@@ -104,12 +110,12 @@ def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: Laye
 
 
 def _compare_gradients(
-    weights: LayerWeights, x: Tensor, grad_y: Tensor, expected: reference.Forward, worst: float
+    weights: LayerWeights, x: Tensor, grad_y: Tensor, expected: reference.Forward, worst: float, stored: float
 ) -> tuple[float, str | None]:
     bias = None if weights.b_in is None else _gradient(weights.b_in)
     found = reference.Gradients(_gradient(x), _gradient(weights.w_in), bias, _gradient(weights.w_out))
     exact, terms = (make(weights, x, grad_y, expected) for make in (reference.backward, reference.gradient_terms))
-    epsilon, stored = _epsilons(weights)
+    epsilon = _sum_epsilon(weights)
     scale = epsilon * (2 * weights.hidden + len(x) + weights.shape.active_width + 16) + (8 * stored if stored > epsilon else 0.0)
     for name in ("x", "w_in", "b_in", "w_out"):
         got, want, bound = (getattr(each, name) for each in (found, exact, terms))
@@ -124,7 +130,7 @@ def _compare_gradients(
 
 def _gradient(tensor: Tensor) -> Array:
     assert tensor.grad is not None, "backward reached every leaf"
-    return tensor.grad.double().numpy()
+    return tensor.grad.cpu().double().numpy()
 
 
 def _worst(what: str, error: Array, tolerance: Array) -> tuple[float, str | None]:

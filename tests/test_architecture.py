@@ -15,6 +15,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 LAYERS = ("kernels", "pipeline", "sweeps", "dashboards", "fffsweep")
 MAX_LINES = 400
+DEVICE_CODE = [Path("kernels/gpu") / f"{name}.py" for name in ("device", "walk", "route", "gradients")]
 PEER = "sweeps/bench_peer.py"  # another way to do the same, run beside ours for comparison
 
 
@@ -25,6 +26,7 @@ class Import:
     module: str
     at_import: bool
     line: int
+    names: tuple[str, ...] = ()
 
     @property
     def root(self) -> str:
@@ -52,7 +54,7 @@ def _walk(node: ast.AST, at_import: bool) -> Iterator[Import]:
             if module == "fffsweep":
                 yield from (Import(f"fffsweep.{alias.name}", at_import, child.lineno) for alias in child.names)
             else:
-                yield Import(module, at_import, child.lineno)
+                yield Import(module, at_import, child.lineno, tuple(alias.name for alias in child.names))
         deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(child)
         yield from _walk(child, at_import and not deferred)
 
@@ -93,9 +95,19 @@ def test_kernels_need_torch_and_numpy_alone() -> None:
             if found.root in sys.stdlib_module_names or found.root in ("torch", "numpy", "fffsweep"):
                 continue
             lazily = found.root in ("matplotlib", "triton") and not found.at_import
-            assert lazily, (
+            assert lazily or (found.root == "triton" and path in DEVICE_CODE), (
                 f"{path}:{found.line} imports {found.module}: kernels may import torch and numpy; matplotlib and triton inside functions"
             )
+
+
+def test_device_code_is_imported_lazily() -> None:
+    """Triton need not be there to import whatever else the kernels hold."""
+    names = {f"fffsweep.kernels.gpu.{path.stem}" for path in [*DEVICE_CODE, Path("launch.py")]}
+    launch = Path("kernels/gpu/launch.py")
+    for path in set(modules("kernels")) - {*DEVICE_CODE, launch}:
+        for found in imports(path):
+            whole = {found.module} | {f"{found.module}.{name}" for name in found.names}
+            assert not (found.at_import and whole & names), f"{path}:{found.line} imports {found.module} at once"
 
 
 @pytest.mark.parametrize("package", ["ray", "optuna", "fastapi", "uvicorn", "plotly", "typer"])

@@ -27,6 +27,7 @@ MODEL_SOURCES = (  # of every stage that trains a model
     "kernels/shape.py",
     "kernels/torch_forms.py",
     "kernels/native/*",
+    "kernels/gpu/*",
 )
 Schedule = Literal["triangle", "one_cycle", "wsd", "cosine", "constant"]
 

@@ -12,7 +12,8 @@ from fffsweep.kernels.registry import Implementation
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.kernels.verify import verify
 
-FAST = [each for each in registry.IMPLEMENTATIONS if each.role != "reference" and each.name != "torch_dense_compiled"]
+ON_CPU = [each for each in registry.IMPLEMENTATIONS if "cpu" in each.devices]
+FAST = [each for each in ON_CPU if each.role != "reference" and each.name != "torch_dense_compiled"]
 IDS = [each.name for each in FAST]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
