@@ -53,7 +53,8 @@ def new_context(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(minilm, new_context):
     context = new_context()
-    settings = {"source": "directory", "path": str(DATA), "tasks": list(ROWS), "corpus": ["corpus/validation*"]}
+    settings = {"source": "directory", "path": str(DATA), "tasks": list(ROWS), "max_corpus_bytes": "500k"}
+    settings["corpus"] = ["corpus/train-00003*", "corpus/validation*"]
     get_stage("prepare").run(PrepareConfig.model_validate({**settings, "vocabulary_file": str(minilm / "vocab.txt")}), context)
     return context.output
 
