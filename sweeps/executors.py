@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from fffsweep.pipeline.execute import KeyBusy, execute
 from fffsweep.pipeline.lease import Claim, LeaseLost
+from fffsweep.pipeline.machine import machine_fingerprint
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import DamagedArtifact, Store
 from fffsweep.sweeps.watchdog import alarmed
@@ -104,6 +105,13 @@ def attempt(
     def failed(fault: Fault, message: str, damaged_key: str | None = None) -> Event:
         return Event(run.key, "failed", worker=worker, fault=fault, message=message, damaged_key=damaged_key)
 
+    planned = run.fingerprints.get("machine")
+    if planned is not None and planned != machine_fingerprint():
+        return failed(
+            "code",
+            f"{os.uname().nodename} is another machine ({machine_fingerprint()}) than the one this result was planned for ({planned}): "
+            "times compare within one kind of machine; start the driver on such a one, and label one of its kind role=bench",
+        )
     try:
         execute(run, store, report, stop_requested, device, claim)
     except StopRequested:

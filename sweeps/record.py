@@ -203,12 +203,16 @@ class Record:
             "driver": {"pid": os.getpid(), "host": os.uname().nodename},
         }
         aside = self.folder / f".study.{uuid.uuid4().hex}"
-        with aside.open("w") as file:
-            file.write(json.dumps(header)[:-1] + ', "trials": [')
-            for number, trial in enumerate(self.trials):
-                file.write((", " if number else "") + self._text(trial))
-            file.write("]}")
-        aside.replace(self.folder / "study.json")
+        try:
+            with aside.open("w") as file:
+                file.write(json.dumps(header)[:-1] + ', "trials": [')
+                for number, trial in enumerate(self.trials):
+                    file.write((", " if number else "") + self._text(trial))
+                file.write("]}")
+            aside.replace(self.folder / "study.json")
+        except OSError:  # a full disk: what was begun takes no room
+            aside.unlink(missing_ok=True)
+            raise
         end = time.monotonic()
         self._next_save = end + max(1.0, 20 * (end - start))
 

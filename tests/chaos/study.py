@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -161,6 +160,19 @@ class Sweep:
         rows = json.loads(results_json(load_study(self.results, "chaos")))["trials"]
         return {row["trial"]: {**row, "metrics": kept(row["metrics"]), "intervals": kept(row["intervals"])} for row in rows}
 
+    def _mlflow_runs(self) -> list[Any]:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=os.environ.get("FFFSWEEP_MLFLOW_URI") or f"sqlite:///{self.results}/mlflow.db")
+        found = client.get_experiment_by_name("chaos")
+        return list(client.search_runs([found.experiment_id], max_results=1000))
+
+    def _optuna_trials(self) -> list[Any]:
+        import optuna
+
+        storage = os.environ.get("FFFSWEEP_OPTUNA_URL") or f"sqlite:///{self.results}/optuna.db"
+        return list(optuna.load_study(study_name="chaos", storage=storage).trials)
+
     def check(self, undisturbed: dict[str, Any] | None = None, remade: frozenset[str] = frozenset()) -> None:
         """What must hold of a sweep that has ended; `remade` are keys whose damaged results were made again."""
         from fffsweep.sweeps.verify import verify
@@ -173,14 +185,12 @@ class Sweep:
             key: identity for key, identity in manifests.items() if key not in remade
         }
         assert verify("chaos", self.results).problems == ()
-        with contextlib.closing(sqlite3.connect(self.results / "mlflow.db")) as database:
-            statuses = Counter(status for (status,) in database.execute("select status from runs"))
-            parents = "select count(*) from runs where run_uuid not in (select run_uuid from tags where key = 'mlflow.parentRunId')"
-            assert database.execute(parents).fetchone() == (3,)
-        assert statuses["RUNNING"] == 0
-        assert statuses["FINISHED"] == 3 + sum(len(trial["stages"]) for trial in study["trials"])
-        with contextlib.closing(sqlite3.connect(self.results / "optuna.db")) as database:
-            states = Counter(state for (state,) in database.execute("select state from trials"))
+        runs = self._mlflow_runs()
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        assert Counter(run.info.status for run in runs)["RUNNING"] == 0
+        assert Counter(run.info.status for run in runs)["FINISHED"] == 3 + sum(len(trial["stages"]) for trial in study["trials"])
+        assert len(parents) == 3
+        states = Counter(trial.state.name for trial in self._optuna_trials())
         assert states["COMPLETE"] == sum(trial["in_study"] for trial in study["trials"])
         assert states["RUNNING"] == 0
         assert not list((self.results / "store" / "work").glob("*/attempt-*"))

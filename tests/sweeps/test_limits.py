@@ -9,9 +9,10 @@ import time
 import pytest
 
 from fffsweep.pipeline.settings import canonical_json
-from fffsweep.pipeline.stage import Resources
+from fffsweep.pipeline.stage import Resources, StageRun
+from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import SweepConfig
-from fffsweep.sweeps.executors import Capacity, of_the_machine
+from fffsweep.sweeps.executors import Capacity, attempt, of_the_machine
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.watchdog import TooLong, TooMuchMemory, alarmed, leave_fate, take_fate
 
@@ -106,7 +107,8 @@ def test_inline_limits_end_what_runs():
 _GUARDED = """
 import os, signal, sys
 from pathlib import Path
-from fffsweep.pipeline.stage import Resources
+from fffsweep.pipeline.stage import Resources, StageRun
+from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.watchdog import guarded
 with guarded(Resources(**eval(sys.argv[2])), Path(sys.argv[1])):
     {body}
@@ -139,3 +141,11 @@ def test_a_fate_is_told_once(tmp_path):
     assert json.loads((tmp_path / "a" / "fate.json").read_text())["why"] == "preempted"
     assert take_fate(tmp_path / "a" / "fate.json") == ("preempted", "saved")
     assert take_fate(tmp_path / "a" / "fate.json") is None
+
+
+def test_a_time_is_not_taken_on_another_machine_than_it_is_filed_under(tmp_path):
+    run = StageRun("benchmark_cpu", 1, {}, 0, fingerprints={"machine": "0123456789abcdef"})
+    event = attempt(run, Store(tmp_path), lambda figures: None, lambda: False)
+    assert (event.kind, event.fault) == ("failed", "code")
+    assert "planned for (0123456789abcdef)" in event.message
+    assert not Store(tmp_path).has(run.key)
