@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,8 +20,10 @@ from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.masking import MaskedBatch, Masking, Reading, unigram_loss
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+from fffsweep.pipeline.portable import load_state, save_state
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.pretrain import PretrainConfig
+from fffsweep.pipeline.stages.rung import RungConfig
 from fffsweep.pipeline.tree_health import counters, health_metrics, tree_health
 
 VALIDATION_SEED = 0  # masks of the held-out sequences are the same in every run, whatever its seed
@@ -35,6 +38,23 @@ def pretrain(config: PretrainConfig, context: StageContext) -> Metrics:
         run.resume()
         run.train()
         return run.publish()
+
+
+def pretrain_to_rung(config: RungConfig, context: StageContext) -> Metrics:
+    """Run the stage: see `fffsweep.pipeline.stages.rung.Rung`. Raises what `pretrain` raises."""
+    with optimisation.reproducible(context.seed):
+        run = Pretraining(config, context, config.share)
+        run.resume()
+        branch = context.work / "branch"
+        if not branch.exists():
+            run.train((1 - schedules.WSD_DECAY) * config.share)
+            save_state(run.state(), branch)
+        run.train(config.share)
+        loss, accuracy = run.validate()
+        shutil.copytree(branch, context.output / "state")
+        (context.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.at.curve))
+        tokens = run.at.sequences * run.corpus.shape[1]
+        return {"mlm/validation_loss": loss, "mlm/validation_accuracy": accuracy, "mlm/tokens": tokens, "time/train_s": run.at.elapsed_s}
 
 
 @dataclass
@@ -56,10 +76,10 @@ class Progress:
 
 
 class Pretraining:
-    """One run. Its batches depend on seed and position alone, so a checkpoint needs no state of a data loader."""
+    """One run, up to `share` of its budget. Its batches depend on seed and position alone, so a checkpoint needs no data loader."""
 
-    def __init__(self, config: PretrainConfig, context: StageContext) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: PretrainConfig, context: StageContext, share: float = 1.0) -> None:
+        self.config, self.context, self.share = config, context, share
         data = PreparedData(context.inputs["prepare"])
         self.tokenizer = data.tokenizer()
         self.corpus, self.held_out = _corpora(data, config.model.sequence_length, config.validation_sequences)
@@ -80,8 +100,10 @@ class Pretraining:
         self.at = Progress()
 
     def resume(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one."""
+        """Go on from the newest sound checkpoint, or from the rung before, if there is one."""
         state = self.checkpoints.load()
+        if state is None and "rung" in self.context.inputs:
+            state = load_state(self.context.inputs["rung"] / "state")
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -90,20 +112,26 @@ class Pretraining:
             self.at = Progress(**state["progress"])
 
     def save(self) -> None:
-        """Write a checkpoint from which `resume` goes on to the same bits."""
-        state = {
+        """Write a checkpoint."""
+        self.checkpoints.save(self.at.step, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` goes on from to the same bits."""
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "rng": optimisation.rng_state(self.context.device),
             "progress": asdict(self.at),
         }
-        self.checkpoints.save(self.at.step, state)
 
-    def train(self) -> None:
-        """Spend the budget. Raises StopRequested, its state saved, if asked to stop; DivergedError if the loss runs away."""
+    def train(self, until: float = 1.0) -> None:
+        """Spend the budget up to a share of it.
+
+        Raises StopRequested, its state saved, if asked to stop; DivergedError if the loss runs away.
+        """
         at, asked = self.at, time.monotonic()
-        while (spent := self._spent()) < 1:
+        while (spent := self._spent()) < until:
             begun = time.monotonic()
             loss, norm, rate = self._step(spent)
             self.guard.check(at.step, loss)
@@ -133,7 +161,7 @@ class Pretraining:
     def _step(self, spent: float) -> tuple[float, float, float]:
         """One step of the optimiser: loss, norm of the gradient, learning rate."""
         config, at, total = self.config, self.at, 0.0
-        rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
+        rate = config.learning_rate * self._rate_factor(spent)
         micro_batches = self._micro_batches(spent)
         for _ in range(micro_batches):
             batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
@@ -144,6 +172,11 @@ class Pretraining:
         norm = optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
         at.step += 1
         return total, norm, rate
+
+    def _rate_factor(self, spent: float) -> float:
+        if self.share < 1:
+            return schedules.rung_factor(spent, self.share, self.config.warmup)
+        return schedules.factor(self.config.schedule, spent, self.config.warmup)
 
     def _micro_batches(self, spent: float) -> int:
         """Micro-batches in the next step: their number grows linearly until the ramp is over."""

@@ -51,3 +51,8 @@ def factor(schedule: str, progress: float, warmup: float = 0.0) -> float:
         return progress / warmup
     rest = progress if schedule == "wsd" else (progress - warmup) / (1 - warmup)
     return SCHEDULES[schedule](rest)
+
+
+def rung_factor(progress: float, share: float, warmup: float = 0.0) -> float:
+    """Factor of a `wsd` run that is to end after `share` of the budget: the whole run's, but falling to 0 over the last fifth of it."""
+    return min(factor("wsd", progress, warmup), max(0.0, (share - progress) / (WSD_DECAY * share)))

@@ -121,6 +121,7 @@ class StageRun:
 
 _STAGES = {
     "prepare": "fffsweep.pipeline.stages.prepare:Prepare",
+    "rung": "fffsweep.pipeline.stages.rung:Rung",
     "pretrain": "fffsweep.pipeline.stages.pretrain:Pretrain",
     "activations": "fffsweep.pipeline.stages.convert:Activations",
     "convert": "fffsweep.pipeline.stages.convert:Convert",

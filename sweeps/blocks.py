@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model, field_serializer
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model, field_serializer, model_validator
 
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
@@ -16,6 +16,7 @@ from fffsweep.pipeline.stages.convert import ConvertRecipe
 from fffsweep.pipeline.stages.finetune import FinetuneRecipe
 from fffsweep.pipeline.stages.prepare import PrepareConfig
 from fffsweep.pipeline.stages.pretrain import PretrainRecipe
+from fffsweep.sweeps.constraints import parse_constraint
 from fffsweep.sweeps.controls import parse_control
 
 
@@ -48,6 +49,13 @@ ControlText = Annotated[
     BeforeValidator(lambda value: parse_control(value).text),
     WithJsonSchema(
         {"type": "string", "pattern": r"^\s*(none|unchanged|reference_dense\s*\(.+\)|(dense_active|random_routing)(\s*\(.+\))?)\s*$"}
+    ),
+]
+ConstraintText = Annotated[
+    str,
+    BeforeValidator(lambda value: parse_constraint(value).text),
+    WithJsonSchema(
+        {"type": "string", "pattern": r"^\s*[^\s<>=]+\s*[<>]=\s*[-+0-9.eE]+\s*$", "description": "such as quality_retention >= 0.96"}
     ),
 ]
 _DEPTH = {"type": "integer", "minimum": 0}
@@ -113,8 +121,31 @@ class Stages(Settings):
     benchmark_cpu: BenchmarkConfig | None = None
 
 
+class Replicates(Settings):
+    """Adaptive: `min` pretrainings at first, up to `max` where configurations near the front are not yet told apart."""
+
+    min: Count = Field(default=1, ge=1)
+    max: Count = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Replicates:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} with max={self.max}: expected min <= max; exchange them")
+        return self
+
+
 class Seeds(Settings):
     """How many pretrainings (replicates) a trial has, and how many finetunings of each task a replicate has."""
 
-    pretrain: Count = Field(default=1, ge=1)
+    pretrain: Annotated[Count, Field(ge=1)] | Replicates = 1
     finetune: Count = Field(default=1, ge=1)
+
+    @property
+    def fewest(self) -> int:
+        """Replicates that every trial has."""
+        return self.pretrain if isinstance(self.pretrain, int) else self.pretrain.min
+
+    @property
+    def most(self) -> int:
+        """Replicates that a trial may come to."""
+        return self.pretrain if isinstance(self.pretrain, int) else self.pretrain.max

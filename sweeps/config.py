@@ -14,12 +14,14 @@ from fffsweep.pipeline.settings import Count, Settings
 from fffsweep.pipeline.stages.convert import ConvertConfig
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 from fffsweep.pipeline.stages.pretrain import PretrainConfig
-from fffsweep.sweeps.blocks import ControlText, Depths, Layout, Name, Seeds, Stages, SweepModel, Width
+from fffsweep.sweeps.blocks import ConstraintText, ControlText, Depths, Layout, Name, Seeds, Stages, SweepModel, Width
 from fffsweep.sweeps.config_errors import Misfit, explain, nearest_first
+from fffsweep.sweeps.constraints import check_constraints
 from fffsweep.sweeps.controls import Control, parse_control
 from fffsweep.sweeps.conversion import check_conversion, share_vocabulary
 from fffsweep.sweeps.limits import ON_GPU, StageLimits, StageName
 from fffsweep.sweeps.objectives import metrics_of, unknown_metric
+from fffsweep.sweeps.rungs import EarlyStopping, check_early_stopping
 from fffsweep.sweeps.search import Sampler, Search, check_search, lay_over, searchable_shapes
 from fffsweep.sweeps.yaml_source import ConfigError, Source, read_source
 
@@ -45,6 +47,8 @@ class SweepConfig(Settings):
     objectives: dict[str, Literal["maximize", "minimize"]] = Field(min_length=1)
     sampler: Sampler = "grid"
     search: Search | None = None
+    constraints: list[ConstraintText] = Field(default_factory=list)
+    early_stopping: EarlyStopping | None = None
     seeds: Seeds = Seeds()
     resources: dict[StageName, StageLimits] = Field(default_factory=dict)
     retries: Count = Field(default=2, ge=0)
@@ -56,6 +60,8 @@ class SweepConfig(Settings):
         self._check_controls()
         self._check_tasks()
         check_search(self)
+        check_constraints(self)
+        check_early_stopping(self)
         self._check_resources()
         for metric in self.objectives:
             if metric not in metrics_of(self):
@@ -174,7 +180,8 @@ class SweepConfig(Settings):
                 )
 
     def limits_of(self, stage: str) -> StageLimits:
-        """Resources that the config gives to a stage."""
+        """Resources that the config gives to a stage; a rung is a part of pretraining."""
+        stage = "pretrain" if stage == "rung" else stage
         return next((limits for name, limits in self.resources.items() if name == stage), StageLimits())
 
     @property

@@ -17,21 +17,20 @@ from types import FrameType
 from typing import Protocol
 
 from fffsweep.pipeline.lease import Claim
-from fffsweep.pipeline.stage import Resources
+from fffsweep.pipeline.stage import Metrics, Resources
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
-from fffsweep.sweeps.graph import TrialPlan, build
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
-from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, check_extends, load, study_folder
-from fffsweep.sweeps.space import expand
+from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, load, study_folder
+from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
 
 _POLL_S = 0.5
 _RETRY_WAIT_S = 2.0  # doubles with every attempt
 _RANKS = 10**9  # attempts that a driver may make before its ranks reach those of the next one
-_DONE = ("complete", "reused")
 
 
 class Listener(Protocol):
@@ -62,14 +61,13 @@ def run_sweep(config: SweepConfig, results: Path, listener: Listener, executor: 
 
     Raises ConfigError before anything is started if the study exists with another config or is being driven by another process.
     """
-    plans = build(config, expand(config))
     folder = study_folder(results, config.name)
     stored = load(folder)
     check_extends(config, stored)
     check_writable(results)
     lease = Lease(folder)
     try:
-        return Controller(config, plans, results, folder, listener, executor, address, stored, lease).run()
+        return Controller(config, None, results, folder, listener, executor, address, stored, lease).run()
     finally:
         lease.release()
 
@@ -85,18 +83,13 @@ def check_writable(results: Path) -> None:
         raise ConfigError(f"results folder {results}: cannot be written ({error.strerror}); choose another with --results") from None
 
 
-def last_line(message: str | None) -> str:
-    """What a traceback comes down to."""
-    return ((message or "").strip().splitlines() or ["no message"])[-1]
-
-
 class Controller:
     """State of one driven sweep. One thread; the executor brings the parallelism."""
 
     def __init__(
         self,
         config: SweepConfig,
-        plans: list[TrialPlan],
+        strategy: Strategy | None,
         results: Path,
         folder: Path,
         listener: Listener,
@@ -108,15 +101,13 @@ class Controller:
         self._config, self._listener, self._lease = config, listener, lease
         self._executor_name, self._address = executor, address
         self._store = Store(results / "store")
-        self._record = Record(folder, config, [TrialState(plan, [StageState(planned) for planned in plan.stages]) for plan in plans])
+        self._record = Record(folder, config, [])
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = folder / "stop"
-        self._by_key: dict[str, list[tuple[TrialState, StageState]]] = defaultdict(list)
-        for trial in self._record.trials:
-            for stage in trial.stages:
-                self._by_key[stage.planned.run.key].append((trial, stage))
+        self._book = Book(self._store, self._record.trials)
+        self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling)
         self._running: dict[str, Resources] = {}
         self._shared, self._alone = ReadyRuns(self._is_ready), ReadyRuns(self._is_ready)
         self._attempts: dict[str, int] = defaultdict(int)
@@ -130,26 +121,17 @@ class Controller:
         start = time.monotonic()
         for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
             left.unlink(missing_ok=True)
-        self._reuse()
         self._event("started", executor=self._executor_name)
+        self._adopt(self._strategy.start())
         self._save(force=True)
-        for trial in self._record.trials:
-            self._ledger.open_trial(trial)
-            for stage in trial.stages:
-                if stage.state in _DONE:
-                    self._ledger.stage_finished(trial, stage)
-        for trial in self._record.trials:
-            self._settle(trial)
-        for key in self._by_key:
-            self._queue_of(key).add(key, self._planned(key).run.inputs.values())
-        reused = sum(self._state(key) == "reused" for key in self._by_key)
+        reused = sum(self._book.state(key) == "reused" for key in self._book)
         if reused:
-            self._listener.say(f"reused {reused} of {len(self._by_key)} stage runs from {self._store.root}")
+            self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
         if not self._is_over():
             with self._catching_signals():
                 self._drive()
         failed = tuple(trial.plan.spec.id for trial in self._record.trials if trial.state == "failed")
-        unfinished = any(trial.state in ("waiting", "running") for trial in self._record.trials)
+        unfinished = any(trial.state not in ENDED for trial in self._record.trials)
         self._record.state = "stopped" if unfinished else "failed" if len(failed) == len(self._record.trials) else "complete"
         self._ledger.close()
         if self._ledger.num_untold:
@@ -161,13 +143,6 @@ class Controller:
         self._save(force=True)
         return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start)
 
-    def _reuse(self) -> None:
-        for key, users in self._by_key.items():
-            if self._store.has(key):
-                duration_s = self._store.get(key).duration_s
-                for _, stage in users:
-                    stage.state, stage.duration_s = "reused", duration_s
-
     def _drive(self) -> None:
         executor = self._start_executor()
         try:
@@ -176,8 +151,9 @@ class Controller:
                 if not self._stopping and self._stop_file.exists():
                     self._stop()
                 if not self._stopping:
+                    self._adopt(self._strategy.more(self._num_slots(executor)))
                     self._submit_ready(executor)
-                if not self._running and (self._stopping or self._is_over()):
+                if not self._running and (self._stopping or self._book.is_over()):
                     return
                 for event in executor.wait(_POLL_S):
                     self._handle(event)
@@ -210,26 +186,28 @@ class Controller:
 
     def _submit(self, key: str, executor: Executor) -> None:
         self._attempts[key] += 1
-        for trial, stage in self._by_key[key]:
-            stage.state, stage.attempts, trial.state = "running", self._attempts[key], "running"
-        self._event("submitted", key=key, stage=self._planned(key).run.stage, attempt=self._attempts[key])
-        executor.submit(self._planned(key).run, self._running[key])
+        for trial, stage in self._book.users(key):
+            stage.state, stage.attempts = "running", self._attempts[key]
+            if trial.state == "waiting":
+                trial.state = "running"
+        self._event("submitted", key=key, stage=self._book.planned(key).run.stage, attempt=self._attempts[key])
+        executor.submit(self._book.planned(key).run, self._running[key])
 
     def _queue_of(self, key: str) -> ReadyRuns:
-        return self._alone if self._planned(key).resources.exclusive else self._shared
+        return self._alone if self._book.planned(key).resources.exclusive else self._shared
 
     def _resources(self, key: str) -> Resources:
-        planned = self._planned(key)
+        planned = self._book.planned(key)
         return self._config.limits_of(planned.run.stage).applied(planned.resources)
 
     def _is_ready(self, key: str) -> bool:
-        if self._state(key) != "waiting" or key in self._running:
+        if self._book.state(key) != "waiting" or key in self._running:
             return False
-        return all(self._state(upstream) in _DONE for upstream in self._planned(key).run.inputs.values())
+        return all(self._book.state(upstream) in DONE for upstream in self._book.planned(key).run.inputs.values())
 
     def _handle(self, event: Event) -> None:
         if event.kind == "progress":
-            for _, stage in self._by_key[event.key]:
+            for _, stage in self._book.users(event.key):
                 stage.worker = event.worker
                 stage.progress = event.progress or stage.progress
             self._save()
@@ -238,7 +216,7 @@ class Controller:
         if event.kind == "finished":
             self._finished(event)
         elif event.kind == "stopped":
-            self._set_state(event.key, "waiting")
+            self._wait_again(event.key)
             self._stopping = True
         else:
             self._failed(event)
@@ -248,17 +226,18 @@ class Controller:
         manifest = self._store.get(event.key)
         self._num_run += 1
         self._event("finished", key=event.key, duration_s=manifest.duration_s, worker=event.worker)
-        for trial, stage in self._by_key[event.key]:
+        users = list(self._book.users(event.key))
+        for trial, stage in users:
             stage.state, stage.duration_s, stage.worker, stage.progress = "complete", manifest.duration_s, event.worker, None
             if trial.state != "complete":
                 self._ledger.stage_finished(trial, stage)
-            self._settle(trial)
         for queue in (self._shared, self._alone):
             queue.done(event.key)
+        self._settle([trial for trial, _ in users])
 
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
-        planned = self._planned(event.key)
+        planned = self._book.planned(event.key)
         self._event("failed", key=event.key, fault=event.fault, message=event.message)
         if event.fault in ("busy", "preempted"):  # nobody's fault, so no try is lost
             self._attempts[event.key] -= 1
@@ -266,57 +245,75 @@ class Controller:
         retry = event.fault != "code" and self._attempts[event.key] <= (self._config.retries if retries is None else retries)
         if retry and event.damaged_key is not None:
             self._store.forget(event.damaged_key)
-            self._set_state(event.damaged_key, "waiting")
+            self._wait_again(event.damaged_key)
         if retry:
             if self._told.get(event.key) != event.message:
                 self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")
             self._told[event.key] = event.message
             wait_s = 0 if event.fault == "preempted" else _RETRY_WAIT_S * 2 ** max(0, self._attempts[event.key] - 1)
             self._not_before[event.key] = time.monotonic() + min(wait_s, 60.0)
-            self._set_state(event.key, "waiting")
+            self._wait_again(event.key)
             return
         self._listener.say(f"{planned.label} failed: {last_line(event.message)}")
-        for trial, stage in self._by_key[event.key]:
+        self._book.set_failed(event.key)
+        for trial, stage in self._book.users(event.key):
             stage.state, stage.error, stage.worker = "failed", event.message, event.worker
             self._ledger.stage_failed(trial, stage)
-        for trial in self._record.trials:
-            self._settle(trial)
+        self._settle(list(self._record.trials))
 
-    def _settle(self, trial: TrialState) -> None:
-        """Close a trial when it is whole, or when it can no longer be."""
-        if trial.state in ("complete", "failed"):
-            return
-        broken = next((upstream for upstream in self._broken(trial)), None)
-        if trial.stages[-1].state in _DONE:
-            trial.state = "complete"
-            self._ledger.trial_finished(trial)
-        elif broken is not None:
-            trial.state, trial.error = "failed", broken
-            self._ledger.trial_failed(trial)
+    def _adopt(self, changes: Changes) -> None:
+        """Do what the strategy says: trials come, go on, or end."""
+        touched = []
+        for plan in changes.plans:
+            trial, gained = self._book.adopt(plan)
+            if len(gained) == len(trial.stages):
+                self._ledger.open_trial(trial)
+            for stage in trial.stages if plan.spec.id not in changes.pruned else ():
+                self._queue_of(key := stage.planned.run.key).add(key, stage.planned.run.inputs.values())
+            for stage in gained:
+                if stage.state in DONE:
+                    self._ledger.stage_finished(trial, stage)
+            touched.append(trial)
+        for name, reason in changes.pruned.items():
+            trial = self._book.trial(name)
+            trial.state, trial.error = "pruned", reason
+            self._ledger.trial_pruned(trial)
+        for name, constraints in changes.tell.items():
+            self._ledger.tell(self._book.trial(name), constraints)
+        self._settle(touched)
 
-    def _broken(self, trial: TrialState) -> Iterator[str]:
-        """Why a trial cannot be finished: a stage of its own, or one that it reads of another trial, failed."""
-        for stage in trial.stages:
-            for key in (stage.planned.run.key, *stage.planned.run.inputs.values()):
-                user, state = self._by_key[key][0]
-                if state.state == "failed":
-                    whose = "" if user is trial else f" of trial {user.plan.spec.id}"
-                    yield f"{state.planned.label}{whose} failed: {last_line(state.error)}"
+    def _settle(self, trials: list[TrialState]) -> None:
+        """Close trials that are whole, or can no longer be, let others stand at their rung, and act on what the strategy makes of it."""
+        for trial in trials:
+            if trial.state in ENDED or trial.state == "paused":
+                continue
+            if all(stage.state in DONE for stage in trial.stages):
+                trial.state = "complete" if trial.plan.is_whole else "paused"
+                if trial.plan.is_whole:
+                    self._ledger.trial_finished(trial)
+                self._adopt(self._strategy.finished(trial.plan.spec.id))
+            elif (broken := self._book.broken(trial)) is not None:
+                trial.state, trial.error = "failed", broken
+                self._ledger.trial_failed(trial)
+                self._adopt(self._strategy.failed(trial.plan.spec.id))
 
-    def _planned(self, key: str):  # type: ignore[no-untyped-def]
-        return self._by_key[key][0][1].planned
+    def _metrics_of(self, key: str) -> Metrics | None:
+        return self._store.get(key).metrics if self._store.has(key) else None
 
-    def _state(self, key: str) -> str:
-        return self._by_key[key][0][1].state
-
-    def _set_state(self, key: str, state: str) -> None:
-        for _, stage in self._by_key[key]:
-            stage.state = state  # type: ignore[assignment]
-        if state == "waiting":
-            self._queue_of(key).touch(key)
+    def _num_slots(self, executor: Executor) -> int:
+        """Searched trials that can go on side by side; inline it is one after another."""
+        if self._executor_name == "inline":
+            return 1
+        training = self._config.stages.pretrain or self._config.stages.convert
+        return max(1, executor.capacity.cpus // (training.cpus if training is not None else 1))
 
     def _is_over(self) -> bool:
-        return all(trial.state in ("complete", "failed") for trial in self._record.trials)
+        self._adopt(self._strategy.more(1))
+        return self._book.is_over()
+
+    def _wait_again(self, key: str) -> None:
+        self._book.set_state(key, "waiting")
+        self._queue_of(key).touch(key)
 
     def _save(self, force: bool = False) -> None:
         with self._patiently():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fffsweep.pipeline.stage import Resources, StageRun, get_stage, stage_run
 from fffsweep.pipeline.stages.collect import CollectConfig
 from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
+from fffsweep.pipeline.stages.rung import RungConfig
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.space import TrialSpec
 
@@ -15,21 +16,28 @@ from fffsweep.sweeps.space import TrialSpec
 class PlannedStage:
     """One stage run of one trial.
 
-    label: `prepare`, `activations`, `pretrain/<r>` or `convert/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>` or `collect`.
+    label: `prepare`, `activations`, `rung/<r>/<rung>`, `pretrain/<r>` or `convert/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>` or
+    `collect`.
     """
 
     label: str
     run: StageRun
     resources: Resources
     replicate: int | None = None
+    rung: int | None = None
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """A trial and its stage runs, upstream before downstream, `collect` last."""
+    """A trial and its stage runs, upstream before downstream; `collect` last, unless the trial is to stop at a rung."""
 
     spec: TrialSpec
     stages: tuple[PlannedStage, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it leads to a collected result."""
+        return self.stages[-1].label.startswith("collect")
 
 
 class Graph:
@@ -41,11 +49,28 @@ class Graph:
         self._prepare = _planned("prepare", stage_run("prepare", config.stages.prepare))
         self._references: dict[int, PlannedStage] = {}
 
-    def plan(self, spec: TrialSpec, replicates: int | None = None) -> TrialPlan:
-        """Stage runs of one trial with so many pretraining seeds, by default the config's."""
-        config, stages = self._config, [self._prepare]
-        for replicate in range(config.seeds.pretrain if replicates is None else replicates):
-            pretrain = self._pretraining(spec, replicate)
+    def plan(self, spec: TrialSpec, num_replicates: int, rung: int | None = None) -> TrialPlan:
+        """Stage runs of one trial with so many pretraining seeds.
+
+        With early stopping `rung` is the rung up to which the trial may go, the number of rungs for the whole budget; replicates
+        beyond the config's fewest come when nothing is to be stopped any more, and pass no rungs.
+        """
+        stopping, stages = self._config.early_stopping, [self._prepare]
+        if rung is None or stopping is None:
+            return self._whole(spec, stages, [self._pretraining(spec, replicate) for replicate in range(num_replicates)])
+        last: dict[int, PlannedStage] = {}
+        for number in range(min(rung + 1, stopping.rungs)):
+            for replicate in range(self._config.seeds.fewest):
+                last[replicate] = self._rung(spec, replicate, number, stopping.shares[number], last.get(replicate))
+                stages.append(last[replicate])
+        if rung < stopping.rungs:
+            return TrialPlan(spec, tuple(stages))
+        return self._whole(spec, stages, [self._pretraining(spec, replicate, last.get(replicate)) for replicate in range(num_replicates)])
+
+    def _whole(self, spec: TrialSpec, stages: list[PlannedStage], pretrainings: list[PlannedStage]) -> TrialPlan:
+        """The plan that follows whole pretrainings to their end."""
+        config, passed = self._config, len(stages)
+        for replicate, pretrain in enumerate(pretrainings):
             if "activations" in pretrain.run.inputs and replicate == 0:
                 stages.append(self._activations(config.convert_config(spec.model, spec.point)))
             stages += [pretrain, *self._finetunings(spec, pretrain, replicate)]
@@ -53,16 +78,23 @@ class Graph:
                 read = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
                 run = stage_run("benchmark_cpu", config.stages.benchmark_cpu, replicate, {role: s.run.key for role, s in read.items()})
                 stages.append(_planned(f"benchmark_cpu/{replicate}", run, replicate))
-        inputs = {s.label: s.run.key for s in stages if s.label not in ("prepare", "activations")}
+        inputs = {s.label: s.run.key for s in stages[passed:] if s.label != "activations"}
         collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, inputs)
         return TrialPlan(spec, (*stages, _planned("collect", collect)))
 
-    def _pretraining(self, spec: TrialSpec, replicate: int) -> PlannedStage:
-        """The stage run that a trial's model comes from."""
+    def _pretraining(self, spec: TrialSpec, replicate: int, rung: PlannedStage | None = None) -> PlannedStage:
+        """The stage run that a trial's model comes from; a pretraining goes on from a rung if it passed one."""
         if self._config.stages.convert is not None:
             return self._conversion(spec, replicate)
+        inputs = {"prepare": self._prepare.run.key} | ({} if rung is None else {"rung": rung.run.key})
         settings = self._config.pretrain_config(spec.model, spec.point)
-        return _planned(f"pretrain/{replicate}", stage_run("pretrain", settings, replicate, {"prepare": self._prepare.run.key}), replicate)
+        return _planned(f"pretrain/{replicate}", stage_run("pretrain", settings, replicate, inputs), replicate)
+
+    def _rung(self, spec: TrialSpec, replicate: int, rung: int, share: float, before: PlannedStage | None) -> PlannedStage:
+        inputs = {"prepare": self._prepare.run.key} | ({} if before is None else {"rung": before.run.key})
+        settings = RungConfig.model_validate({**self._config.pretrain_config(spec.model, spec.point).resolved(), "share": share})
+        planned = _planned(f"rung/{replicate}/{rung}", stage_run("rung", settings, replicate, inputs), replicate)
+        return replace(planned, rung=rung)
 
     def _conversion(self, spec: TrialSpec, replicate: int) -> PlannedStage:
         settings = self._config.convert_config(spec.model, spec.point)
@@ -98,7 +130,7 @@ def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
     if not specs:
         return []
     graph = Graph(config, specs[0])
-    return [graph.plan(spec) for spec in specs]
+    return [graph.plan(spec, config.seeds.fewest) for spec in specs]
 
 
 def _planned(label: str, run: StageRun, replicate: int | None = None) -> PlannedStage:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from fffsweep.sweeps.backlog import Backlog
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.optuna_study import OptunaStudy, sqlite_url
 from fffsweep.sweeps.record import StageState, TrialState
+from fffsweep.sweeps.space import Stratum
+from fffsweep.sweeps.studies import Studies
 
 if TYPE_CHECKING:
     from fffsweep.pipeline.tracking import Tracker
@@ -30,7 +33,7 @@ class Ledger:
     def __init__(self, config: SweepConfig, results: Path, store: Store, say: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._store = config, store
         self._make_tracker = partial(_open_tracker, sqlite_url(results / "mlflow.db"), config.name, results / "mlartifacts")
-        self._study = OptunaStudy(sqlite_url(results / "optuna.db"), config.name, config.objectives)
+        self._studies = Studies(config, sqlite_url(results / "optuna.db"))
         self._say = say
         self._told: set[tuple[str, str, str]] = set()
         self.num_untold = 0
@@ -38,9 +41,7 @@ class Ledger:
     def open_trial(self, trial: TrialState) -> None:
         """Ask Optuna for a trial's number, open its parent run."""
         spec = trial.plan.spec
-        if spec.in_study and spec.model.feedforward.shape is not None:
-            shape = spec.model.feedforward.shape
-            trial.number = self._study.ask(spec.id, trial.stages[-1].planned.run.key, shape.trees, shape.depth, {"layout": spec.layout})
+        trial.number = self._studies.open(spec)
         where = provenance()
         tags = {
             "layout": str(spec.layout),
@@ -65,16 +66,24 @@ class Ledger:
         )
 
     def trial_finished(self, trial: TrialState) -> None:
-        """Tell the objective values, close the parent run."""
+        """Close the parent run with the metrics that a trial amounts to."""
         key = trial.stages[-1].planned.run.key
         metrics = self._store.get(key).metrics
-        if trial.number is not None:
-            self._study.tell(trial.plan.spec.id, [metrics[name] for name in self._config.objectives])
         self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FINISHED", metrics, key))
 
+    def tell(self, trial: TrialState, constraints: Mapping[str, float]) -> None:
+        """Tell Optuna the objective values of a finished trial, and how far it is beyond each constraint."""
+        metrics = self._store.get(trial.stages[-1].planned.run.key).metrics
+        self._studies.tell(trial.plan.spec, metrics, constraints)
+
+    def trial_pruned(self, trial: TrialState) -> None:
+        """Record that a trial was stopped early, for good; MLflow has no word for it but KILLED, so a tag says more."""
+        self._studies.prune(trial.plan.spec)
+        ended = ended_trial(trial.plan.spec.id, "KILLED", {}, "")
+        self._backlog.put(lambda: replace(ended, tags={"fffsweep.state": "PRUNED", "fffsweep.reason": trial.error or ""}))
+
     def trial_failed(self, trial: TrialState) -> None:
-        if trial.number is not None:
-            self._study.fail(trial.plan.spec.id)
+        self._studies.fail(trial.plan.spec)
         self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FAILED", {}, ""))
 
     def audit(self, finished: list[tuple[TrialState, StageState]], repair: bool) -> list[str]:
@@ -82,12 +91,16 @@ class Ledger:
         expected = {(trial.plan.spec.id, stage.planned.label): stage.planned.run.key for trial, stage in finished}
         problems = self._make_tracker().audit(expected, self._store, repair)
         for trial, stage in finished:
-            if stage is trial.stages[-1] and trial.plan.spec.in_study:
+            if stage is trial.stages[-1] and trial.plan.is_whole and trial.plan.spec.in_study:
                 metrics = self._store.get(stage.planned.run.key).metrics
-                values, told = [metrics[name] for name in self._config.objectives], self._study.values_of(trial.plan.spec.id)
+                values, told = [metrics[name] for name in self._config.objectives], self._studies.values_of(trial.plan.spec)
                 if told != values:
                     problems.append(f"Optuna holds {told} for trial {trial.plan.spec.id}, its result is {values}")
         return problems
+
+    def sampling(self, stratum: Stratum) -> OptunaStudy:
+        """What draws the points of a stratum."""
+        return self._studies.of_stratum(stratum.name)
 
     def close(self) -> None:
         self.num_untold = self._backlog.close()

@@ -1,68 +1,230 @@
-"""The Optuna side of a sweep: asks, tells, and finds its own trials again after a restart. The one importer of optuna."""
+"""The Optuna side of a sweep: draws points, is told results, and finds its trials again after a restart. The one importer of optuna."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import FrozenTrial, TrialState
 
+from fffsweep.sweeps.search import FIXED_IN_ADVANCE, Choices, Dimension, FloatRange, Point, Sampler
+
 # Trees and depth as integers: a categorical "layout" could not grow when a study is extended.
-_SPACE: dict[str, BaseDistribution] = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
-_TRIAL, _KEY = "fffsweep.trial", "fffsweep.key"
+_SHAPE: dict[str, BaseDistribution] = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
+_TRIAL = "fffsweep.trial"
+
+
+@dataclass
+class _Known:
+    number: int
+    state: TrialState
+    told: list[list[float]] = field(default_factory=list)  # the newest last
 
 
 class OptunaStudy:
-    """An Optuna study with one trial for each fffsweep trial. Only the driver that holds the study's lease writes it."""
+    """An Optuna study with one trial for each fffsweep trial. Only the driver that holds the study's lease writes it.
 
-    def __init__(self, storage: str, name: str, objectives: Mapping[str, Literal["maximize", "minimize"]]) -> None:
+    Samplers keep nothing between two draws but what the study's storage holds: each draw makes one anew, seeded by the number of
+    the draw, so that a study that was killed draws what it would have drawn.
+    """
+
+    def __init__(
+        self, storage: str, name: str, objectives: Mapping[str, Literal["maximize", "minimize"]], sampler: Sampler = "grid", seed: int = 0
+    ) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
+        self._sampler: Sampler = sampler
+        self._seed = seed
         self._study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=list(objectives.values()),
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(seed=0),
+            storage=storage, study_name=name, directions=list(objectives.values()), load_if_exists=True, sampler=RandomSampler(seed=0)
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
             self._study.set_metric_names(list(objectives))
-        self._frozen: dict[str, FrozenTrial] = {
-            trial.user_attrs[_TRIAL]: trial for trial in self._study.trials if _TRIAL in trial.user_attrs
-        }
+        trials = self._study.get_trials(deepcopy=False)
+        self._num_trials = len(trials)
+        self._known: dict[str, _Known] = {}
+        for trial in trials:
+            if _TRIAL in trial.user_attrs:
+                self._remember(trial.user_attrs[_TRIAL], trial.number, trial.state, trial.values)
+        for trial in trials:  # drawn by a driver that was killed before it knew
+            if _TRIAL not in trial.user_attrs and not trial.state.is_finished():
+                self._study.tell(trial.number, state=TrialState.FAIL)
 
-    def ask(self, trial: str, key: str, trees: int, depth: int, attributes: Mapping[str, Any]) -> int:
-        """Number of the Optuna trial for `trial`, an earlier driver's if it asked for the same.
+    def open(self, trial: str, params: Mapping[str, Any], space: Mapping[str, Dimension], attributes: Mapping[str, Any]) -> int:
+        """Number of the Optuna trial for `trial` with these parameters, trees and depth among them; an earlier driver's if there is one.
 
-        `key` is the key of the trial's result: a study extended by seeds gives its trials new values, hence new Optuna trials.
+        A trial that failed is tried again as a new Optuna trial.
         """
-        known = self._frozen.get(trial)
-        if known is not None and known.user_attrs[_KEY] == key and known.state in (TrialState.RUNNING, TrialState.COMPLETE):
+        known = self._known.get(trial)
+        if known is not None and known.state != TrialState.FAIL:
             return known.number
-        if known is not None and known.state == TrialState.RUNNING:
-            self.fail(trial)
-        self._study.enqueue_trial({"trees": trees, "depth": depth}, user_attrs={_TRIAL: trial, _KEY: key, **attributes})
-        asked = self._study.ask(_SPACE)
-        self._frozen[trial] = self._study.trials[asked.number]
-        return asked.number
+        distributions = {name: _SHAPE.get(name) or distribution(space[name]) for name in params}
+        self._add(trial, TrialState.RUNNING, dict(params), distributions, attributes)
+        return self._known[trial].number
 
-    def tell(self, trial: str, values: Sequence[float]) -> None:
-        """Record the objective values of a finished trial; told twice, the first stands."""
-        self._frozen[trial] = self._study.tell(self._frozen[trial].number, list(values), skip_if_finished=True)
+    def draw(self, name: str, budget: int, space: Mapping[str, Dimension], fixed: Mapping[str, int]) -> Point:
+        """The point of the new trial `name`, one of about `budget`; `fixed` are trees and depth where they are no choice.
+
+        A sampler that learns from results takes up those told so far. The trial is RUNNING from now on. Drawn again, the point is
+        the same.
+        """
+        if name in self._known:
+            params = self._study.get_trials(deepcopy=False)[self._known[name].number].params
+            return {path: params[path] for path in space}
+        distributions = {**(_SHAPE if fixed else {}), **{path: distribution(dimension) for path, dimension in space.items()}}
+        with _quiet():
+            base = make_sampler(self._sampler, derived_seed(self._seed, name), budget)
+            self._study.sampler = PartialFixedSampler(dict(fixed), base) if fixed else base
+            asked = self._study.ask(distributions)
+        asked.set_user_attr(_TRIAL, name)
+        self._remember(name, asked.number, TrialState.RUNNING)
+        self._num_trials = asked.number + 1
+        return {path: asked.params[path] for path in space}
+
+    def tell(self, trial: str, values: Sequence[float], constraints: Mapping[str, float] | None = None) -> None:
+        """Record a finished trial's objective values, and its constraints, which are met at 0 and below.
+
+        Told the same again, nothing happens; told other values, as more seeds give, they become a new Optuna trial.
+        """
+        known, told = self._known[trial], [float(value) for value in values]
+        if told in known.told:
+            return
+        if known.state.is_finished():
+            before = self._study.get_trials(deepcopy=False)[known.number]
+            self._add(trial, TrialState.RUNNING, before.params, before.distributions, before.user_attrs)
+        number = self._known[trial].number
+        for name, value in (constraints or {}).items():
+            self._handle(number).set_constraint(name, value)
+        self._study.tell(number, told)
+        self._remember(trial, number, TrialState.COMPLETE, told)
+
+    def prune(self, trial: str) -> None:
+        """Record that a trial was stopped early, for good."""
+        self._end(trial, TrialState.PRUNED)
 
     def fail(self, trial: str) -> None:
         """Record that a trial failed."""
-        self._frozen[trial] = self._study.tell(self._frozen[trial].number, state=TrialState.FAIL, skip_if_finished=True)
+        self._end(trial, TrialState.FAIL)
 
     def values_of(self, trial: str) -> list[float] | None:
         """Objective values told for a trial, None if there are none."""
-        frozen = self._frozen.get(trial)
-        return frozen.values if frozen is not None and frozen.state == TrialState.COMPLETE else None
+        known = self._known.get(trial)
+        return known.told[-1] if known is not None and known.told else None
+
+    def is_pruned(self, trial: str) -> bool:
+        return trial in self._known and self._known[trial].state == TrialState.PRUNED
+
+    def _add(
+        self,
+        trial: str,
+        state: TrialState,
+        params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        attrs = {**attributes, _TRIAL: trial}
+        self._study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=distributions, user_attrs=attrs))
+        self._remember(trial, self._num_trials, state)
+        self._num_trials += 1
+
+    def _remember(self, trial: str, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        told = self._known[trial].told if trial in self._known else []
+        self._known[trial] = _Known(number, state, [*told, *([] if values is None else [values])])
+
+    def _end(self, trial: str, state: TrialState) -> None:
+        known = self._known[trial]
+        if not known.state.is_finished():
+            self._study.tell(known.number, state=state)
+            known.state = state
+
+    def _handle(self, number: int) -> optuna.Trial:
+        """The trial as Optuna's objective functions see it, which alone can set constraints; a restart leaves no other way to it."""
+        storage = self._study._storage
+        return optuna.Trial(self._study, storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
+
+
+def draw_in_advance(sampler: Sampler, seed: int, stratum: str, index: int, space: Mapping[str, Dimension]) -> Point:
+    """Point number `index` of a stratum by a sampler that learns nothing from results."""
+    assert sampler in FIXED_IN_ADVANCE
+    distributions = {path: distribution(dimension) for path, dimension in space.items()}
+    with _quiet():
+        if sampler == "random":
+            base: BaseSampler = RandomSampler(seed=derived_seed(seed, f"{stratum}-t{index}"))
+        else:
+            base = _Sequence(derived_seed(seed, stratum), index, distributions)
+        params = optuna.create_study(sampler=base).ask(distributions).params
+    return {path: params[path] for path in space}
+
+
+class _Sequence(QMCSampler):
+    """One point of a scrambled Sobol sequence: of all parameters from the first trial on, and without a count kept in the study."""
+
+    def __init__(self, seed: int, index: int, space: dict[str, BaseDistribution]) -> None:
+        super().__init__(qmc_type="sobol", scramble=True, seed=seed)
+        self._index, self._space = index, space
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return self._index
+
+
+def make_sampler(kind: Sampler, seed: int, budget: int) -> BaseSampler:
+    """A sampler for several objectives that bears with trials under way.
+
+    A generation of the evolutionary ones is a fifth of the budget, 4 to 50 trials.
+    """
+    generation = max(4, min(50, budget // 5))
+    if kind == "tpe":
+        return TPESampler(seed=seed, constant_liar=True)
+    if kind == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=generation)
+    if kind == "nsga3":
+        return NSGAIIISampler(seed=seed, population_size=generation)
+    if kind == "gp":
+        return GPSampler(seed=seed)
+    return RandomSampler(seed=seed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without being told each time that samplers are experimental: the suite of tests says what is relied on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """32 bits that depend on the search's seed and on a name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """Optuna's form of a searched range or choice."""
+    if isinstance(dimension, Choices):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, FloatRange):
+        high = dimension.high if dimension.step is None else dimension.values()[-1]
+        return FloatDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
+    return IntDistribution(dimension.low, dimension.values()[-1], log=dimension.log, step=dimension.step)
 
 
 def sqlite_url(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ EXTENDS = (
 _IRRELEVANT = ("description", "resources", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
+TrialStateName = Literal["waiting", "running", "paused", "complete", "failed", "pruned"]  # paused: at a rung, it may be called on
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TrialState:
 
     plan: TrialPlan
     stages: list[StageState]
-    state: State = "waiting"
+    state: TrialStateName = "waiting"
     number: int | None = None
     error: str | None = None
 
@@ -94,10 +95,12 @@ class TrialState:
             "in_study": spec.in_study,
             "number": self.number,
             "params": spec.params,
+            "point": spec.point,
+            "stratum": spec.stratum,
             "model": spec.model.resolved(),
             "state": self.state,
             "error": self.error,
-            "collect_key": collect.planned.run.key if collect.state in ("complete", "reused") else None,
+            "collect_key": collect.planned.run.key if self.plan.is_whole and collect.state in ("complete", "reused") else None,
             "stages": [stage.to_json() for stage in self.stages],
         }
 
@@ -106,6 +109,7 @@ class TrialState:
         """The trial as it was recorded."""
         model = ModelSettings.model_validate(value["model"])
         spec = TrialSpec(value["id"], value["layout"], tuple(value["controls"]), value["in_study"], model, value["params"])
+        spec = replace(spec, point=value.get("point", {}), stratum=value.get("stratum"))
         stages = [StageState.from_json(stage) for stage in value["stages"]]
         plan = TrialPlan(spec, tuple(stage.planned for stage in stages))
         return TrialState(plan, stages, value["state"], value["number"], value["error"])

@@ -238,6 +238,7 @@ def _check_shape(config: SweepConfig, search: Search) -> None:
 
 
 _SHARED = {
+    "stages.convert.encoder": "the encoder is what all trials change; vary it between studies",
     "stages.prepare": "all trials share their data; vary it between studies",
     "stages.benchmark_cpu": "trials are comparable only if they are timed alike; vary it between studies",
     "stages.finetune.tasks": "trials are comparable only on the same tasks",
@@ -299,9 +300,14 @@ def check_point(config: SweepConfig, point: Point) -> None:
     whole = shapes in (["layout"], ["depth", "trees"]) or (shapes == ["depth"] and config.width is not None)
     shape = shape_of(config, point) if whole else TreeShape(2, 1)
     model = config.model_settings("fff", shape, point)
-    config.pretrain_config(model, point)
+    if config.stages.pretrain is not None:
+        config.pretrain_config(model, point)
+    else:
+        config.convert_config(model, point)
     for task in config.task_names:
         config.finetune_config(task, point)
     layer = config.stages.benchmark_cpu.layer if config.stages.benchmark_cpu is not None else None
     if layer is not None and layer >= model.num_layers:
         raise ValueError(f"num_layers={model.num_layers} with stages.benchmark_cpu.layer={layer}: there is no such layer")
+    if config.stages.benchmark_cpu is not None and (model.feedforward.variant == "original_fff" or model.feedforward.master_leaf):
+        raise ValueError("stages.benchmark_cpu times variant fff without a master leaf alone; leave benchmark_cpu out")

@@ -10,10 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fffsweep.pipeline.stage import Metrics
 from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.constraints import best_reference, constraint_values
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, load, study_folder
+from fffsweep.sweeps.space import REFERENCE
 
 DONE = ("complete", "reused")
 
@@ -75,18 +78,24 @@ def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], st
             elif stage.state not in DONE:
                 stage.state, stage.error, stage.progress = "reused", None, None
                 stage.duration_s = store.get(stage.planned.run.key).duration_s
-        if trial.stages[-1].state in DONE:
+        if trial.plan.is_whole and trial.stages[-1].state in DONE:
             trial.state, trial.error = "complete", None
-        elif trial.state != "failed":
+        elif trial.state not in ("failed", "pruned", "paused"):
             trial.state = "waiting"
     states = {trial.state for trial in trials}
-    state = "stopped" if "waiting" in states else "failed" if states == {"failed"} else "complete"
+    state = "stopped" if states & {"waiting", "paused"} else "failed" if states == {"failed"} else "complete"
     folder.mkdir(parents=True, exist_ok=True)
     Record(folder, config, trials, state, created_at).save(force=True)
 
 
 def project(config: SweepConfig, trials: list[TrialState], results: Path, store: Store) -> int:
     """Tell MLflow and Optuna everything that the store holds of these trials. Returns how much MLflow was not told."""
+
+    def metrics_of(trial: TrialState) -> Metrics:
+        return store.get(trial.stages[-1].planned.run.key).metrics
+
+    references = [trial for trial in trials if REFERENCE in trial.plan.spec.controls and trial.plan.is_whole]
+    reference = best_reference(metrics_of(trial) for trial in references if store.has(trial.stages[-1].planned.run.key))
     ledger = Ledger(config, results, store)
     for trial in trials:
         ledger.open_trial(trial)
@@ -95,8 +104,11 @@ def project(config: SweepConfig, trials: list[TrialState], results: Path, store:
                 ledger.stage_finished(trial, stage)
             elif stage.state == "failed":
                 ledger.stage_failed(trial, stage)
-        if store.has(trial.stages[-1].planned.run.key):
+        if trial.state == "pruned":
+            ledger.trial_pruned(trial)
+        elif trial.plan.is_whole and store.has(trial.stages[-1].planned.run.key):
             ledger.trial_finished(trial)
+            ledger.tell(trial, constraint_values(config, metrics_of(trial), reference))
         elif trial.state == "failed":
             ledger.trial_failed(trial)
     ledger.close()
@@ -145,7 +157,7 @@ def _check_record(trials: list[TrialState], store: Store, over: bool) -> list[st
         problems += [f"trial {trial.plan.spec.id} has {count} stage runs {label}" for label, count in labels.items() if count > 1]
         missing = [stage.planned.label for stage in trial.stages if stage.state in DONE and not store.has(stage.planned.run.key)]
         problems += [f"{label} of trial {trial.plan.spec.id} is recorded as done and has no result" for label in missing]
-        if trial.state == "complete" and trial.stages[-1].state not in DONE:
+        if trial.state == "complete" and not (trial.plan.is_whole and trial.stages[-1].state in DONE):
             problems.append(f"trial {trial.plan.spec.id} is recorded as complete and has no result")
         if over and (trial.state == "running" or any(stage.state == "running" for stage in trial.stages)):
             problems.append(f"trial {trial.plan.spec.id} is recorded as running, and no driver is at work")

@@ -1,4 +1,7 @@
-"""Stage `pretrain`: masked-language modelling under a budget. Input role: `prepare`. Its seed is the pretraining seed."""
+"""Stage `pretrain`: masked-language modelling under a budget. Its seed is the pretraining seed.
+
+Input roles: `prepare`, and `rung` where it goes on from a rung of itself, to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,7 @@ class Pretrain:
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/masking.py",
+        "pipeline/portable.py",
         "pipeline/tree_health.py",
         *MODEL_SOURCES,
     )

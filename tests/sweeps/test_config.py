@@ -125,7 +125,7 @@ def test_counts_in_overrides_and_yaml(path, text):
         (["objectives.quality/validation_avg=maximize"], "objective quality/validation_avg: a validation split is only reported"),
         (["stages.benchmark_cpu=null"], "objective ff/cpu/rel_time: no stage produces it, add stages.benchmark_cpu"),
         (["objectives.quality/avg=maximize", "retries=-1"], "retries=-1: expected an integer >= 0"),
-        (["seeds.pretrain=0"], "seeds.pretrain=0: expected an integer >= 1"),
+        (["seeds.pretrain=0"], "seeds.pretrain=0: expected an integer or a mapping of settings >= 1"),
         (["name="], "name"),
         (["name=7"], "name=7: expected text"),
         (['name="a\\nb"'], "name='a"),

@@ -21,6 +21,7 @@ from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
+from fffsweep.sweeps.strategy import FixedTrials
 
 OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}
 
@@ -101,7 +102,7 @@ def plans_of(layouts):
         pretrain = planned(f"pretrain {layout}", prepare)
         benchmark = planned(f"benchmark {layout}", pretrain, reference, exclusive=True)
         model = ModelSettings(hidden_size=8, num_heads=1, feedforward=FeedForward(variant="fff", trees=shape.trees, depth=shape.depth))
-        spec = SimpleNamespace(id=layout, layout=layout, controls=(), in_study=True, params={}, model=model)
+        spec = SimpleNamespace(id=layout, layout=layout, controls=(), in_study=True, params={}, model=model, stratum=None, point={})
         plans.append(TrialPlan(spec, (prepare, pretrain, benchmark, planned(f"collect {layout}", pretrain, benchmark))))
     return plans
 
@@ -117,12 +118,14 @@ class ToySweep(SimpleNamespace):
 
 
 def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, **limits):
-    config = ToySweep(name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
+    config = ToySweep(search=None, sampler="grid", name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
     folder = study_folder(tmp_path, config.name)
     lease = Lease(folder)
     try:
         listener = Quiet()
-        outcome = Controller(config, plans_of(list(layouts)), tmp_path, folder, listener, "inline", None, load(folder), lease).run()
+        outcome = Controller(
+            config, FixedTrials(plans_of(list(layouts))), tmp_path, folder, listener, "inline", None, load(folder), lease
+        ).run()
     finally:
         lease.release()
     return outcome, listener, load(folder)

@@ -1,65 +1,186 @@
-"""The Optuna study of a sweep: one trial for each of ours, whatever is killed and told again."""
+"""The Optuna study of a sweep. Every sampler passes the same suite, with a made-up objective, killed and resumed too."""
+
+import os
+import tempfile
+from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
-from fffsweep.sweeps.optuna_study import OptunaStudy, sqlite_url
+from fffsweep.sweeps.optuna_study import OptunaStudy, derived_seed, distribution, draw_in_advance, sqlite_url
+from fffsweep.sweeps.search import Search
 
 OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}
+SPACE = Search.model_validate(
+    {
+        "space": {
+            "rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+            "batch": {"type": "int", "low": 8, "high": 30, "step": 8},
+            "clip": {"type": "float", "low": 0.1, "high": 0.55, "step": 0.1},
+            "activation": ["gelu", "relu", None],
+        }
+    }
+).space
+LEARNING = ["tpe", "nsga2", "nsga3", "gp"]
+NUM_TRIALS = 13  # ten of them start up
 
 
 @pytest.fixture
-def url(tmp_path):
-    return sqlite_url(tmp_path / "optuna.db")
+def folder(tmp_path):
+    """In memory where the system has such a place: SQLite waits for a disk at every step."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def url(folder):
+    return sqlite_url(folder / "optuna.db")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """GP's small matrices are quickest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def trials_of(url):
     return optuna.load_study(study_name="s", storage=url).trials
 
 
-def test_asked_and_told(url):
+def score(point):
+    return [point["rate"] * 1000 - point["clip"], point["batch"] / 10]
+
+
+def search(make_study, sampler, start=0, stop=NUM_TRIALS, parallel=3):
+    """Draw and tell with a few trials under way. Returns the points; `make_study` is called anew where a driver would be killed."""
+    study, under_way, points = make_study(), [], []
+    for number in range(start, stop):
+        name = f"1x8-t{number}"
+        points.append(study.draw(name, NUM_TRIALS, SPACE, {"trees": 1, "depth": 8}))
+        under_way.append((name, points[-1]))
+        if len(under_way) == parallel:
+            name, point = under_way.pop(0)
+            if number % 5 == 4:
+                study.prune(name)
+            elif number % 7 == 6:
+                study.fail(name)
+            else:
+                study.tell(name, score(point), {"quality_retention >= 0.96": 0.5 - point["clip"]})
+        study = make_study() if number % 6 == 5 else study
+    return points
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", *(pytest.param(slow, marks=pytest.mark.integration) for slow in ("nsga3", "gp"))])
+def test_a_study_killed_again_and_again_draws_what_an_undisturbed_one_draws(sampler, folder):
+    whole = OptunaStudy(sqlite_url(folder / "whole.db"), "s", OBJECTIVES, sampler, seed=3)
+    expected = search(lambda: whole, sampler)
+    found = search(lambda: OptunaStudy(sqlite_url(folder / "killed.db"), "s", OBJECTIVES, sampler, seed=3), sampler)
+    assert found == expected
+    other = OptunaStudy(sqlite_url(folder / "other.db"), "s", OBJECTIVES, sampler, seed=4)
+    assert search(lambda: other, sampler, stop=2) != expected[:2]
+
+
+@pytest.mark.parametrize("sampler", LEARNING)
+def test_points_lie_in_their_ranges_and_start_up_points_do_not_repeat(sampler, url):
+    study = OptunaStudy(url, "s", OBJECTIVES, sampler)
+    points = [study.draw(f"t{number}", NUM_TRIALS, SPACE, {}) for number in range(6)]
+    assert len({point["rate"] for point in points}) == 6
+    for point in points:
+        assert list(point) == list(SPACE)
+        assert 1e-4 <= point["rate"] <= 1e-2
+        assert point["batch"] in (8, 16, 24)
+        assert round(10 * point["clip"], 9) in (1, 2, 3, 4, 5)
+        assert point["activation"] in ("gelu", "relu", None)
+
+
+@pytest.mark.parametrize("sampler", LEARNING)
+def test_a_draw_that_its_driver_never_wrote_down_is_drawn_again_alike(sampler, url):
+    first = OptunaStudy(url, "s", OBJECTIVES, sampler).draw("t0", NUM_TRIALS, SPACE, {})
+    again = OptunaStudy(url, "s", OBJECTIVES, sampler)
+    assert again.draw("t0", NUM_TRIALS, SPACE, {}) == first
+    assert len(trials_of(url)) == 1
+    optuna.load_study(study_name="s", storage=url).ask({path: distribution(each) for path, each in SPACE.items()})  # killed in between
+    third = OptunaStudy(url, "s", OBJECTIVES, sampler)
+    assert trials_of(url)[1].state == optuna.trial.TrialState.FAIL
+    third.draw("t1", NUM_TRIALS, SPACE, {})
+    third.tell("t1", [1.0, 2.0])
+    assert trials_of(url)[2].values == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc"])
+def test_points_known_in_advance_depend_on_seed_and_index_alone(sampler):
+    points = [draw_in_advance(sampler, 0, "", index, SPACE) for index in range(8)]
+    assert points == [draw_in_advance(sampler, 0, "", index, SPACE) for index in range(8)]
+    assert len({point["rate"] for point in points}) == 8
+    assert points[0] != draw_in_advance(sampler, 1, "", 0, SPACE)
+    assert all(list(point) == list(SPACE) and point["batch"] in (8, 16, 24) for point in points)
+
+
+def test_qmc_fills_the_range_evenly():
+    rates = sorted(draw_in_advance("qmc", 0, "", index, {"x": SPACE["clip"].model_copy(update={"step": None})})["x"] for index in range(8))
+    places = [int((rate - 0.1) / 0.45 * 8) for rate in rates]
+    assert places == list(range(8))
+
+
+def test_constraints_bear_the_same_names_on_every_finished_trial(url):
+    search(lambda: OptunaStudy(url, "s", OBJECTIVES, "nsga2"), "nsga2")
+    finished = [trial for trial in trials_of(url) if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert len(finished) > 5
+    assert {tuple(trial.constraints) for trial in finished} == {("quality_retention >= 0.96",)}
+
+
+def test_opened_and_told(url):
     study = OptunaStudy(url, "s", OBJECTIVES)
-    assert [study.ask("34x3", "key", 34, 3, {"layout": "34x3"}), study.ask("1x8", "key", 1, 8, {"layout": "1x8"})] == [0, 1]
+    opened = [study.open(f"{k}x{d}", {"trees": k, "depth": d}, {}, {"layout": f"{k}x{d}"}) for k, d in ((34, 3), (1, 8), (9999, 0))]
+    assert opened == [0, 1, 2]
     study.tell("1x8", [50.0, 0.1])
-    first, second = trials_of(url)
+    first, second, _ = trials_of(url)
     assert first.state == optuna.trial.TrialState.RUNNING
-    assert second.values == [50.0, 0.1]
-    assert second.params == {"trees": 1, "depth": 8}
-    assert second.user_attrs["layout"] == "1x8"
+    assert (second.values, second.params, second.user_attrs["layout"]) == ([50.0, 0.1], {"trees": 1, "depth": 8}, "1x8")
 
 
 def test_a_second_driver_finds_its_trials_again(url):
-    OptunaStudy(url, "s", OBJECTIVES).ask("34x3", "key", 34, 3, {})
-    again = OptunaStudy(url, "s", OBJECTIVES)
-    assert again.ask("34x3", "key", 34, 3, {}) == 0
-    again.tell("34x3", [1.0, 1.0])
-    again.tell("34x3", [2.0, 2.0])
-    third = OptunaStudy(url, "s", OBJECTIVES)
-    third.ask("34x3", "key", 34, 3, {})
-    third.tell("34x3", [3.0, 3.0])
+    def opened():
+        study = OptunaStudy(url, "s", OBJECTIVES)
+        assert study.open("34x3", {"trees": 34, "depth": 3}, {}, {}) == 0
+        return study
+
+    opened()
+    opened().tell("34x3", [1.0, 1.0])
+    opened().tell("34x3", [1.0, 1.0])
     assert [trial.values for trial in trials_of(url)] == [[1.0, 1.0]]
 
 
-def test_an_extended_study_keeps_its_trials(url):
+def test_a_pruned_trial_is_not_opened_again_and_a_failed_one_is(url):
     study = OptunaStudy(url, "s", OBJECTIVES)
-    study.ask("1x8", "key", 1, 8, {})
-    study.tell("1x8", [1.0, 1.0])
-    extended = OptunaStudy(url, "s", OBJECTIVES)
-    assert [extended.ask("1x8", "key", 1, 8, {}), extended.ask("9999x0", "key", 9999, 0, {})] == [0, 1]
+    for name in ("a", "b"):
+        study.open(name, {"trees": 1, "depth": 8}, {}, {})
+    study.prune("a")
+    study.fail("b")
+    again = OptunaStudy(url, "s", OBJECTIVES)
+    assert again.is_pruned("a")
+    assert again.open("a", {"trees": 1, "depth": 8}, {}, {}) == 0
+    assert again.open("b", {"trees": 1, "depth": 8}, {}, {}) == 2
+    again.prune("a")
+    states = [trial.state.name for trial in trials_of(url)]
+    assert states == ["PRUNED", "FAIL", "RUNNING"]
 
 
-def test_a_failed_trial_is_asked_anew(url):
-    study = OptunaStudy(url, "s", OBJECTIVES)
-    study.ask("1x8", "key", 1, 8, {})
-    study.fail("1x8")
-    assert OptunaStudy(url, "s", OBJECTIVES).ask("1x8", "key", 1, 8, {}) == 1
+def test_more_seeds_make_a_new_trial_once(url):
+    """Optuna cannot change told values; a study that is started again tells both, in order."""
+    for _ in range(2):
+        study = OptunaStudy(url, "s", OBJECTIVES)
+        study.open("1x8", {"trees": 1, "depth": 8}, {}, {"layout": "1x8"})
+        for values in ([1.0, 1.0], [2.0, 2.0]):
+            study.tell("1x8", values)
+        assert study.values_of("1x8") == [2.0, 2.0]
+    assert [trial.values for trial in trials_of(url)] == [[1.0, 1.0], [2.0, 2.0]]
 
 
-def test_a_trial_with_more_seeds_is_a_new_one(url):
-    study = OptunaStudy(url, "s", OBJECTIVES)
-    study.ask("1x8", "one seed", 1, 8, {})
-    study.tell("1x8", [1.0, 1.0])
-    grown = OptunaStudy(url, "s", OBJECTIVES)
-    assert grown.ask("1x8", "two seeds", 1, 8, {}) == 1
-    grown.tell("1x8", [2.0, 2.0])
-    assert grown.values_of("1x8") == OptunaStudy(url, "s", OBJECTIVES).values_of("1x8") == [2.0, 2.0]
+def test_seeds_differ_by_name():
+    assert len({derived_seed(seed, name) for seed in (0, 1) for name in ("1x8-t0", "1x8-t1", "8x5-t0")}) == 6

@@ -1,0 +1,76 @@
+"""The Optuna studies of one sweep: one of the trials that compete, and one of reference_dense where that is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from fffsweep.sweeps.config import SweepConfig
+from fffsweep.sweeps.optuna_study import OptunaStudy
+from fffsweep.sweeps.space import REFERENCE, TrialSpec
+
+
+class Studies:
+    """Knows which of our trials belong to which study, and under which parameters."""
+
+    def __init__(self, config: SweepConfig, storage: str) -> None:
+        self._config, self._storage = config, storage
+
+    def open(self, spec: TrialSpec) -> int | None:
+        """Number of the Optuna trial for one of ours, None if it has none: controls that are not tuned have nothing to choose."""
+        study = self._of(spec)
+        if study is None:
+            return None
+        space = self._config.search.space if self._config.search is not None else {}
+        return study.open(spec.id, self._params(spec), space, {"layout": spec.layout})
+
+    def tell(self, spec: TrialSpec, metrics: Mapping[str, float], constraints: Mapping[str, float]) -> None:
+        """Record the objective values of a finished trial, and how far it is beyond each constraint."""
+        study = self._of(spec)
+        if study is not None:
+            study.tell(spec.id, [metrics[name] for name in self._config.objectives], constraints)
+
+    def prune(self, spec: TrialSpec) -> None:
+        """Record that a trial was stopped early."""
+        study = self._of(spec)
+        if study is not None:
+            study.prune(spec.id)
+
+    def fail(self, spec: TrialSpec) -> None:
+        """Record that a trial failed."""
+        study = self._of(spec)
+        if study is not None:
+            study.fail(spec.id)
+
+    def values_of(self, spec: TrialSpec) -> list[float] | None:
+        """Objective values told for a trial, None if there are none."""
+        study = self._of(spec)
+        return None if study is None else study.values_of(spec.id)
+
+    def of_stratum(self, stratum: str) -> OptunaStudy:
+        """The study that draws for a stratum."""
+        return self._reference if stratum == REFERENCE else self._competing
+
+    def _of(self, spec: TrialSpec) -> OptunaStudy | None:
+        if spec.in_study and spec.layout is not None:
+            return self._competing
+        return self._reference if spec.stratum == REFERENCE else None
+
+    def _params(self, spec: TrialSpec) -> dict[str, Any]:
+        """Trees and depth where the grid fixes them, and what was searched."""
+        shape = spec.model.feedforward.shape
+        fixed = {"trees": shape.trees, "depth": shape.depth} if shape is not None and spec.stratum != "" else {}
+        return {**fixed, **spec.point}
+
+    @cached_property
+    def _competing(self) -> OptunaStudy:
+        return self._open_study(self._config.name)
+
+    @cached_property
+    def _reference(self) -> OptunaStudy:
+        return self._open_study(f"{self._config.name} ({REFERENCE})")
+
+    def _open_study(self, name: str) -> OptunaStudy:
+        seed = self._config.search.seed if self._config.search is not None else 0
+        return OptunaStudy(self._storage, name, self._config.objectives, self._config.sampler, seed)
