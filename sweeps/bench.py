@@ -94,13 +94,14 @@ def _in_process(trials: int, folder: Path) -> DriverFigures:
 def _drive(trials: int, folder: Path, pipe: Connection, spawned_at: float) -> None:
     from fffsweep.sweeps.controller import Controller
     from fffsweep.sweeps.record import Lease, load, study_folder
+    from fffsweep.sweeps.strategy import FixedTrials
 
     start = time.monotonic()
     config, plans = noop_study(trials)
     study = study_folder(folder, config.name)
     lease = Lease(study)
     memory = _Memory()
-    outcome = Controller(config, plans, folder, study, memory, "ray", None, load(study), lease).run()
+    outcome = Controller(config, FixedTrials(plans), folder, study, memory, "ray", None, load(study), lease).run()
     wall_s = time.monotonic() - start
     lease.release()
     events = [json.loads(line) for line in (study / "events.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from fffsweep.pipeline.store import Manifest, Store, is_weight
 from fffsweep.sweeps.config import ConfigError
+from fffsweep.sweeps.decisions import FILE as DECISIONS
 from fffsweep.sweeps.record import Lease, TrialState, check_extends, load, study_folder
 from fffsweep.sweeps.verify import DONE, config_of, examine, project, write_record
 
@@ -56,7 +57,9 @@ def export_results(name: str, results: Path, folder: Path, without_weights: bool
     (folder / SUMS).write_text("".join(sums))
     record = study_folder(folder, name)
     record.mkdir(parents=True)
-    shutil.copyfile(study_folder(results, name) / "study.json", record / "study.json")
+    for file in ("study.json", DECISIONS):
+        if (study_folder(results, name) / file).exists():
+            shutil.copyfile(study_folder(results, name) / file, record / file)
     return len(sums)
 
 
@@ -94,6 +97,9 @@ def import_results(folder: Path, results: Path) -> Imported:
                 num_known += 1
         for name, stored in studies.items():
             _merge_study(name, stored, results, target)
+            decisions = study_folder(results, name) / DECISIONS
+            if (records[name] / DECISIONS).exists() and not decisions.exists():
+                shutil.copyfile(records[name] / DECISIONS, decisions)
     finally:
         for lease in leases:
             lease.release()
