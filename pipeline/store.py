@@ -85,6 +85,10 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
+    def resolved(self) -> Store:
+        """The same store by an absolute path, for processes with another working directory."""
+        return Store(self.root.resolve())
+
     def manifest_path(self, key: str) -> Path:
         return self.root / "manifests" / key[:2] / f"{key}.json"
 
@@ -120,7 +124,7 @@ class Store:
                 manifest.key,
             )
         path = self.object_path(artifact.sha256)
-        if not path.exists() or _sha256(path) != artifact.sha256:
+        if not path.exists() or sha256_of(path) != artifact.sha256:
             state = "damaged" if path.exists() else "missing"
             raise DamagedArtifact(f"artifact {name!r} of {manifest.run.stage} {manifest.key} is {state}: {path}", manifest.key)
         return path
@@ -146,9 +150,7 @@ class Store:
         artifacts: dict[str, Artifact] = {}
         for path in sorted(p for p in output.rglob("*") if p.is_file()):
             artifacts[path.relative_to(output).as_posix()] = self._put_object(path)
-        manifest = Manifest(run.key, run, metrics, artifacts, provenance, started_at, duration_s)
-        target = self.manifest_path(run.key)
-        _write_new(target, _plain(manifest))
+        self._put_manifest(Manifest(run.key, run, metrics, artifacts, provenance, started_at, duration_s))
         return self.get(run.key)
 
     def adopt(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
@@ -159,16 +161,29 @@ class Store:
         for name, artifact in manifest.artifacts.items():
             if not artifact.absent and self._put_object(files[artifact.sha256]).sha256 != artifact.sha256:
                 raise DamagedArtifact(f"artifact {name!r} of {manifest.run.stage} {manifest.key} is damaged", manifest.key)
-        _write_new(self.manifest_path(manifest.key), _plain(manifest))
+        self._put_manifest(manifest)
 
     def forget(self, key: str) -> None:
         """Withdraw the manifest of a result whose artifacts are damaged, so that it is made again."""
         self.manifest_path(key).unlink(missing_ok=True)
 
+    def fetch_work(self, key: str) -> None:
+        """Bring the checkpoints of an unfinished run here, if another machine left some and there are none."""
+
+    def save_work(self, key: str) -> None:
+        """Put the checkpoints of an unfinished run where other machines find them."""
+
+    def drop_work(self, key: str) -> None:
+        """Remove what `save_work` put elsewhere."""
+
+    def _put_manifest(self, manifest: Manifest) -> None:
+        """Add a manifest, all of whose objects are there, unless its key has one."""
+        _write_new(self.manifest_path(manifest.key), _plain(manifest))
+
     def _put_object(self, source: Path) -> Artifact:
-        sha256, num_bytes = _sha256(source), source.stat().st_size
+        sha256, num_bytes = sha256_of(source), source.stat().st_size
         target = self.object_path(sha256)
-        if not (target.exists() and target.stat().st_size == num_bytes and _sha256(target) == sha256):
+        if not (target.exists() and target.stat().st_size == num_bytes and sha256_of(target) == sha256):
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = target.with_name(f".{sha256}.{uuid.uuid4().hex}")
             shutil.copyfile(source, aside)
@@ -207,6 +222,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Checksum of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from fffsweep.pipeline.secrets import mask
+
 T_contra = TypeVar("T_contra", contravariant=True)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -142,4 +144,4 @@ class Backlog(Generic[T]):
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return mask(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}")

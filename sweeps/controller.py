@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Protocol
 
 from fffsweep.pipeline.lease import Claim
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
-from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
@@ -100,7 +100,7 @@ class Controller:
     ) -> None:
         self._config, self._listener, self._lease = config, listener, lease
         self._executor_name, self._address = executor, address
-        self._store = Store(results / "store")
+        self._store = open_store(results / "store")
         self._record = Record(folder, config, [])
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))

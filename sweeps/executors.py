@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from fffsweep.pipeline.execute import KeyBusy, execute
 from fffsweep.pipeline.lease import Claim, LeaseLost
 from fffsweep.pipeline.machine import machine_fingerprint
+from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import DamagedArtifact, Store
 from fffsweep.sweeps.watchdog import alarmed
@@ -103,7 +104,7 @@ def attempt(
     worker = f"{os.uname().nodename}:{os.getpid()}"
 
     def failed(fault: Fault, message: str, damaged_key: str | None = None) -> Event:
-        return Event(run.key, "failed", worker=worker, fault=fault, message=message, damaged_key=damaged_key)
+        return Event(run.key, "failed", worker=worker, fault=fault, message=mask(message), damaged_key=damaged_key)
 
     planned = run.fingerprints.get("machine")
     if planned is not None and planned != machine_fingerprint():

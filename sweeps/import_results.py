@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.store import Manifest, Store, is_weight
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.decisions import FILE as DECISIONS
@@ -40,7 +41,7 @@ def export_results(name: str, results: Path, folder: Path, without_weights: bool
         raise ConfigError(f"study {name!r}: there is none under {results / 'studies'}")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: expected a new or empty folder")
-    source, target = Store(results / "store"), Store(folder / "store")
+    source, target = open_store(results / "store"), Store(folder / "store")
     keys = list(dict.fromkeys(stage["key"] for trial in stored["trials"] for stage in trial["stages"]))
     sums = []
     for key in filter(source.has, keys):
@@ -79,7 +80,7 @@ def import_results(folder: Path, results: Path) -> Imported:
         check_extends(config_of(stored, records[name]), load(study_folder(results, name)))
     leases = [Lease(study_folder(results, name)) for name in studies]
     try:
-        source, target = Store(folder / "store"), Store(results / "store")
+        source, target = Store(folder / "store"), open_store(results / "store")
         problems: list[str] = []
         num_new = num_known = num_absent = 0
         sums = _sums(folder)

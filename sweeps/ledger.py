@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.store import Store
 from fffsweep.pipeline.tracked_run import TrackedRun, ended_trial, failed_stage, finished_stage, open_trial
+from fffsweep.sweeps.backends import OPTUNA, artifact_root, mlflow_uri, optuna_url
 from fffsweep.sweeps.backlog import Backlog
-from fffsweep.sweeps.config import SweepConfig
-from fffsweep.sweeps.optuna_study import OptunaStudy, sqlite_url
+from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.optuna_study import OptunaStudy, of_database
 from fffsweep.sweeps.record import StageState, TrialState
 from fffsweep.sweeps.space import Stratum
 from fffsweep.sweeps.studies import Studies
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """MLflow experiment and Optuna study of one sweep, under `results`.
+    """MLflow experiment and Optuna study of one sweep, under `results` or on the servers that the environment names.
 
     Optuna is told at once, MLflow by a thread that gathers what there is to tell and tries again if the server is gone; `say` hears
     of that. `num_untold` after `close`: what MLflow was never told, for `fffsweep verify --repair`.
@@ -32,8 +34,8 @@ class Ledger:
 
     def __init__(self, config: SweepConfig, results: Path, store: Store, say: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._store = config, store
-        self._make_tracker = partial(_open_tracker, sqlite_url(results / "mlflow.db"), config.name, results / "mlartifacts")
-        self._studies = Studies(config, sqlite_url(results / "optuna.db"))
+        self._make_tracker = partial(_open_tracker, mlflow_uri(results), config.name, artifact_root(results))
+        self._studies = _open_studies(optuna_url(results), config)
         self._say = say
         self._told: set[tuple[str, str, str]] = set()
         self.num_untold = 0
@@ -119,7 +121,20 @@ class Ledger:
         return {"id": spec.id, "layout": spec.layout, "model": spec.model.resolved()}
 
 
-def _open_tracker(uri: str, experiment: str, artifact_root: Path) -> Tracker:
+def _open_studies(url: str, config: SweepConfig) -> Studies:
+    """Raises ConfigError if its database cannot be used: better before a sweep than in it."""
+    try:
+        studies = Studies(config, url)
+        studies.of_stratum("")  # opens it
+        return studies
+    except Exception as error:
+        if url.startswith("sqlite:") or not of_database(error):
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(mask(f"{OPTUNA}={url}: {reason}; start that server, or mend the address")) from None
+
+
+def _open_tracker(uri: str, experiment: str, artifact_root: Path | None) -> Tracker:
     """Imports MLflow where it is first needed: on the thread that writes to it."""
     from fffsweep.pipeline.tracking import Tracker
 

@@ -227,6 +227,11 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     return IntDistribution(dimension.low, dimension.values()[-1], log=dimension.log, step=dimension.step)
 
 
+def of_database(error: Exception) -> bool:
+    """Whether Optuna could not use its database, for whatever reason."""
+    return isinstance(error, optuna.exceptions.StorageInternalError) or type(error).__module__.startswith(("sqlalchemy", "psycopg"))
+
+
 def sqlite_url(path: Path) -> str:
     """Storage address of a local SQLite file."""
     return f"sqlite:///{path.resolve()}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import StageRun
 from fffsweep.pipeline.store import Manifest, Store
@@ -74,7 +75,7 @@ def make_plan(config: SweepConfig, results: Path) -> Plan:
     stored = load(study_folder(results, config.name))
     check_extends(config, stored)
     plans = build(config, expand(config))
-    store = Store(results / "store")
+    store = open_store(results / "store")
     runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
     cached = {key for key in runs if store.has(key)}
     history = _History(store)

@@ -20,6 +20,7 @@ from fffsweep.sweeps.watchdog import guarded, leave_fate, take_fate
 
 BENCH = {"role": "bench"}  # label of nodes that are kept for timings
 _NODES_S = 1.0  # how old the list of nodes may be
+_PROGRESS_S = 0.25
 
 
 class RayExecutor:
@@ -56,6 +57,7 @@ class RayExecutor:
         self._num_submitted = 0
         self._nodes: list[dict[str, Any]] = []
         self._nodes_at = 0.0
+        self._next_progress = 0.0
 
     @property
     def capacity(self) -> Capacity:
@@ -83,7 +85,7 @@ class RayExecutor:
             options["label_selector"] = {name: f"!{value}" for name, value in BENCH.items()}
         self._num_submitted += 1
         claim = Claim(self._claim.name, self._claim.rank + self._num_submitted)
-        store, stop_file = self._store.root.resolve(), self._stop_file.resolve()
+        store, stop_file = self._store.resolved(), self._stop_file.resolve()
         task = self._task.options(**options).remote(run, resources, store, stop_file, self._progress, claim)
         self._running[task] = run.key
 
@@ -94,7 +96,11 @@ class RayExecutor:
             ready, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
         elif not waiting:
             time.sleep(timeout_s)  # nothing to wait for but the time of a retry
-        return [*self._take_progress(), *(self._end_of(task) for task in ready)]
+        progress: list[Event] = []
+        if time.monotonic() >= self._next_progress:  # asking costs as much as a short run
+            progress = self._take_progress()
+            self._next_progress = time.monotonic() + _PROGRESS_S
+        return [*progress, *(self._end_of(task) for task in ready)]
 
     def close(self) -> None:
         if self._started_here:
@@ -158,13 +164,12 @@ class _ProgressBoard:
         return latest
 
 
-def _ray_attempt(run: StageRun, resources: Resources, store_root: Path, stop_file: Path, board: Any, claim: Claim) -> Event:
+def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: Path, board: Any, claim: Claim) -> Event:
     """One run in a worker process. SIGTERM has it save itself, say so and end its process, as the sender wants."""
     import ray
 
     worker = f"{os.uname().nodename}:{os.getpid()}"
     board.put.remote(run.key, {}, worker)
-    store = Store(store_root)
     fate = fate_path(store, run.key)
     take_fate(fate)  # an earlier attempt's, which no driver lived to read
     drained = yield_path(stop_file, ray.get_runtime_context().get_node_id())

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics
 from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
@@ -45,7 +46,7 @@ def verify(name: str, results: Path, repair: bool = False) -> Findings:
     config = config_of(stored, folder)
     lease = Lease(folder)
     try:
-        store = Store(results / "store")
+        store = open_store(results / "store")
         trials = [TrialState.from_json(trial) for trial in stored["trials"]]
         keys = list(dict.fromkeys(stage.planned.run.key for trial in trials for stage in trial.stages))
         problems, num_artifacts = _check_store(store, keys, repair)
@@ -78,7 +79,7 @@ def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], st
             elif stage.state not in DONE:
                 stage.state, stage.error, stage.progress = "reused", None, None
                 stage.duration_s = store.get(stage.planned.run.key).duration_s
-        if trial.plan.is_whole and trial.stages[-1].state in DONE:
+        if trial.plan.is_whole and all(stage.state in DONE for stage in trial.stages):
             trial.state, trial.error = "complete", None
         elif trial.state not in ("failed", "pruned", "paused"):
             trial.state = "waiting"

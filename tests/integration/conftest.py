@@ -82,3 +82,24 @@ def visit(browser):
     for context in contexts:
         context.close()
     assert faults == []
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """The module `servers` beside this one: PostgreSQL, MLflow and S3 on loopback."""
+    from tests.integration import servers as found
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def sweep_config(tmp_path_factory):
+    """A sweep over made-up words, seconds long."""
+    from fffsweep.sweeps.config import load_config
+    from tests.sweeps.conftest import CONFIG, write_data
+
+    folder = tmp_path_factory.mktemp("words")
+    write_data(folder)
+    path = folder / "tiny-directory.yaml"
+    path.write_text(CONFIG.replace("PATH", str(folder)))
+    return load_config(path)
