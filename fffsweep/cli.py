@@ -83,12 +83,21 @@ def data_info(as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    config: ConfigFile, overrides: Overrides = None, name: Name = None, results: ResultsFolder = RESULTS, as_json: AsJson = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    name: Name = None,
+    results: ResultsFolder = RESULTS,
+    as_json: AsJson = False,
+    nodes: Annotated[int | None, typer.Option(help="Simulate the schedule on a cluster of so many nodes.")] = None,
+    node_cpus: Annotated[int, typer.Option(help="CPUs of each of them.")] = 16,
+    node_gpus: Annotated[float, typer.Option(help="GPUs of each of them.")] = 0.0,
 ) -> None:
     """What `run` would do: trials, stages, which of them are cached, time and disk. Touches nothing."""
     from fffsweep.sweeps.plan import make_plan, to_lines
+    from fffsweep.sweeps.simulate import Cluster
 
-    planned = make_plan(_load(config, overrides, name), results)
+    cluster = None if nodes is None else Cluster(nodes, node_cpus, node_gpus)
+    planned = make_plan(_load(config, overrides, name), results, cluster)
     if as_json:
         _print_json(planned.to_json())
     else:

@@ -18,6 +18,7 @@ from fffsweep.pipeline.store import Manifest, Store
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan, build
 from fffsweep.sweeps.record import check_extends, load, study_folder
+from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
 from fffsweep.sweeps.space import expand
 
 SCHEMA = "fffsweep.plan/1"
@@ -62,15 +63,16 @@ class Plan:
     num_cores: int
     seconds: float
     num_bytes: float
+    schedule: Schedule | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def make_plan(config: SweepConfig, results: Path) -> Plan:
-    """Plan of a config over a results folder, which is read and never written.
+def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None) -> Plan:
+    """Plan of a config over a results folder, which is read and never written; with `cluster` also its schedule there.
 
-    Raises ConfigError if the study exists with another config.
+    Raises ConfigError if the study exists with another config, ValueError if a stage run asks for more than a node of the cluster has.
     """
     stored = load(study_folder(results, config.name))
     check_extends(config, stored)
@@ -82,11 +84,13 @@ def make_plan(config: SweepConfig, results: Path) -> Plan:
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     core_seconds = alone_seconds = 0.0
     stages = []
+    simulated: dict[str, SimulatedRun] = {}
     for name in dict.fromkeys(stage.run.stage for _, stage in runs.values()):
         here = {key: entry for key, entry in runs.items() if entry[1].run.stage == name}
         to_come = [entry for key, entry in here.items() if key not in cached]
         costs = [_cost(config, trial, stage, history) for trial, stage in to_come]
         for (_, stage), cost in zip(to_come, costs, strict=True):
+            simulated[stage.run.key] = SimulatedRun(stage.run.key, tuple(stage.run.inputs.values()), stage.resources, cost[0])
             if stage.resources.exclusive:
                 alone_seconds += cost[0]
             else:
@@ -96,7 +100,11 @@ def make_plan(config: SweepConfig, results: Path) -> Plan:
         stages.append(StageSummary(name, len(here), len(here) - len(to_come), seconds, num_bytes, basis))
     trials = [_summary(plan, cached) for plan in plans]
     wall_s = core_seconds / num_cores + alone_seconds
-    return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, sum(stage.num_bytes for stage in stages))
+    num_bytes = sum(stage.num_bytes for stage in stages)
+    schedule = None
+    if cluster is not None:
+        schedule = simulate([simulated[key] for key in runs if key in simulated], frozenset(cached), cluster, num_bytes)
+    return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, num_bytes, schedule)
 
 
 def to_lines(plan: Plan) -> Iterator[str]:
@@ -122,6 +130,11 @@ def to_lines(plan: Plan) -> Iterator[str]:
         if to_run
         else "everything is cached: nothing to run"
     )
+    if (schedule := plan.schedule) is not None and to_run:
+        yield (
+            f"on {schedule.num_nodes} nodes: {_time(schedule.makespan_s)}, {schedule.node_hours:.1f} node-hours, "
+            f"{100 * schedule.utilisation:.0f} % of their CPUs at work"
+        )
 
 
 def _summary(plan: TrialPlan, cached: set[str]) -> TrialSummary:
@@ -131,24 +144,30 @@ def _summary(plan: TrialPlan, cached: set[str]) -> TrialSummary:
 
 
 class _History:
-    """Durations and sizes of earlier runs in a store, by stage."""
+    """Durations and sizes of earlier runs in a store, by stage and settings. Read once, asked for every run to come."""
 
     def __init__(self, store: Store) -> None:
-        self._by_stage: dict[str, list[Manifest]] = defaultdict(list)
+        self._earlier: dict[tuple[str, str | None], list[Manifest]] = defaultdict(list)
+        self._medians: dict[tuple[str, str | None], tuple[float, float]] = {}
         for key in itertools.islice(store.keys(), _MOST_MANIFESTS):
             manifest = store.get(key)
-            self._by_stage[manifest.run.stage].append(manifest)
+            for settings in (None, _settings(manifest.run)):
+                self._earlier[manifest.run.stage, settings].append(manifest)
 
     def median(self, run: StageRun) -> tuple[float, float, str] | None:
         """Seconds and bytes that `run` will take, from runs with equal settings, else from all of its stage; None without any."""
-        earlier = self._by_stage.get(run.stage, [])
-        alike = [manifest for manifest in earlier if _settings(manifest.run) == _settings(run)]
-        chosen = alike or earlier
-        if not chosen:
+        if (run.stage, None) not in self._earlier:
             return None
-        seconds = median(manifest.duration_s / _amount(manifest.run) for manifest in chosen) * _amount(run)
-        num_bytes = median(sum(artifact.num_bytes for artifact in manifest.artifacts.values()) for manifest in chosen)
-        return seconds, num_bytes, f"{len(chosen)} earlier runs" if len(chosen) > 1 else "1 earlier run"
+        place: tuple[str, str | None] = run.stage, _settings(run)
+        if place not in self._earlier:
+            place = run.stage, None
+        chosen = self._earlier[place]
+        if place not in self._medians:
+            seconds = median(manifest.duration_s / _amount(manifest.run) for manifest in chosen)
+            num_bytes = median(sum(artifact.num_bytes for artifact in manifest.artifacts.values()) for manifest in chosen)
+            self._medians[place] = seconds, num_bytes
+        seconds, num_bytes = self._medians[place]
+        return seconds * _amount(run), num_bytes, f"{len(chosen)} earlier runs" if len(chosen) > 1 else "1 earlier run"
 
 
 def _settings(run: StageRun) -> str:

@@ -1,0 +1,134 @@
+"""The schedule of a sweep on a cluster that is not there: events in the order of their times, durations as earlier runs had them.
+
+Stage runs are started as the driver starts them: those whose inputs are there, in the order of the plan, on the first node with room;
+a run that needs a node to itself waits until nothing else can be started.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fffsweep.pipeline.stage import Resources
+from fffsweep.sweeps.ready import ReadyRuns
+
+SCHEMA = "fffsweep.simulation/1"
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    """A stage run to come: what it reads, what it occupies, how long it takes."""
+
+    key: str
+    inputs: tuple[str, ...]
+    resources: Resources
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are all alike. overhead_s: what the driver and the start of a run add to each."""
+
+    num_nodes: int
+    node_cpus: int
+    node_gpus: float = 0.0
+    overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_nodes < 1 or self.node_cpus < 1 or self.node_gpus < 0:
+            raise ValueError(
+                f"--nodes {self.num_nodes} --node-cpus {self.node_cpus} --node-gpus {self.node_gpus:g}: "
+                "expected at least one node, one CPU and no fewer than 0 GPUs"
+            )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What came of it. node_hours: all nodes as long as the sweep lasts. utilisation: share of their CPUs that was occupied."""
+
+    num_nodes: int
+    num_runs: int
+    makespan_s: float
+    node_hours: float
+    utilisation: float
+    num_bytes: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+@dataclass
+class _Node:
+    cpus: int
+    gpus: float
+    runs: set[str] = field(default_factory=set)
+
+
+def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluster, num_bytes: float = 0.0) -> Schedule:
+    """Schedule of `runs`, in the order of the plan, on a cluster; `done` are keys that have their result already.
+
+    Raises ValueError if a run asks for more than a node has, or reads what nothing makes.
+    """
+    by_key = {run.key: run for run in runs}
+    _check(by_key, done, cluster)
+    finished, started = set(done), set[str]()
+
+    def is_ready(key: str) -> bool:
+        return key not in started and all(upstream in finished for upstream in by_key[key].inputs)
+
+    shared, alone = ReadyRuns(is_ready), ReadyRuns(is_ready)
+    queue_of = {run.key: alone if run.resources.exclusive else shared for run in runs}
+    for run in runs:
+        queue_of[run.key].add(run.key, run.inputs)
+    nodes = [_Node(cluster.node_cpus, cluster.node_gpus) for _ in range(cluster.num_nodes)]
+    ends: list[tuple[float, int, str, _Node]] = []
+    now = busy = 0.0
+
+    def place(key: str) -> bool | None:
+        wanted = by_key[key].resources
+        cpus = min(wanted.cpus, cluster.node_cpus)
+        for node in nodes:
+            fits = not node.runs if wanted.exclusive else node.cpus >= cpus and node.gpus >= wanted.gpus
+            if fits:
+                taken = cluster.node_cpus if wanted.exclusive else cpus
+                node.cpus -= taken
+                node.gpus -= wanted.gpus
+                node.runs.add(key)
+                started.add(key)
+                heapq.heappush(ends, (now + by_key[key].seconds + cluster.overhead_s, len(started), key, node))
+                return True
+        return None if all(node.cpus <= 0 for node in nodes) else False
+
+    while True:
+        for _ in shared.take(place):
+            pass
+        if not shared:
+            for _ in alone.take(place):
+                pass
+        if not ends:
+            break
+        end, _, key, node = heapq.heappop(ends)
+        wanted = by_key[key].resources
+        taken = cluster.node_cpus if wanted.exclusive else min(wanted.cpus, cluster.node_cpus)
+        busy += taken * (by_key[key].seconds + cluster.overhead_s)
+        now = end
+        node.cpus += taken
+        node.gpus += wanted.gpus
+        node.runs.discard(key)
+        finished.add(key)
+        for queue in (shared, alone):
+            queue.done(key)
+    share = busy / (now * cluster.num_nodes * cluster.node_cpus) if now else 0.0
+    return Schedule(cluster.num_nodes, len(runs), now, cluster.num_nodes * now / 3600, share, num_bytes)
+
+
+def _check(by_key: Mapping[str, SimulatedRun], done: frozenset[str], cluster: Cluster) -> None:
+    for run in by_key.values():
+        if run.resources.gpus > cluster.node_gpus:
+            raise ValueError(
+                f"--node-gpus {cluster.node_gpus:g}: a stage run asks for {run.resources.gpus:g} GPUs; expected at least as many on a node"
+            )
+        if missing := [key for key in run.inputs if key not in by_key and key not in done]:
+            raise ValueError(f"stage run {run.key} reads {missing[0]}, which nothing makes")
