@@ -118,8 +118,9 @@ def mlflow_server(backend: str, folder: Path, port: int | None = None) -> Iterat
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
-    with serving(command, f"{url}/health", folder / f"mlflow-{port}.log", MLFLOW_DISABLE_TELEMETRY="true"):
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    secret = {"MLFLOW_BACKEND_STORE_URI": backend}  # on the command line every user of the machine could read it
+    with serving(command, f"{url}/health", folder / f"mlflow-{port}.log", MLFLOW_DISABLE_TELEMETRY="true", **secret):
         yield url
 
 
