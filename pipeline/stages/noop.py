@@ -12,7 +12,7 @@ from fffsweep.pipeline.stage import Metrics, Resources, StageContext
 
 
 class NoopConfig(Settings):
-    """name: tells runs apart. pause_s: how long it keeps a core busy."""
+    """name: tells runs apart. pause_s: how long it takes."""
 
     name: str
     metrics: dict[str, Number] = Field(default_factory=dict)
@@ -34,7 +34,5 @@ class Noop:
         return {}
 
     def run(self, config: NoopConfig, context: StageContext) -> Metrics:
-        end = time.monotonic() + config.pause_s
-        while time.monotonic() < end:
-            pass
+        time.sleep(config.pause_s)
         return config.metrics
