@@ -1,5 +1,6 @@
 """The driver: shared stages run once, faults are told apart, a killed or stopped sweep goes on. Toy stages, executed inline."""
 
+import errno
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline import stage as stage_module
+from fffsweep.pipeline.execute import KeyBusy
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
@@ -204,6 +206,31 @@ def test_tries_are_bounded(tmp_path, monkeypatch):
     Toy.faults["pretrain 2x2"] = [ConnectionError("node gone")] * 3
     assert drive(tmp_path, retries=1)[0].failed_trials == ("2x2",)
     assert len(Toy.faults["pretrain 2x2"]) == 1
+
+
+def test_a_busy_key_costs_no_try(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    Toy.faults["pretrain 2x2"] = [KeyBusy("being run by process 1 on node-7")] * 5
+    outcome, listener, _ = drive(tmp_path, retries=0)
+    assert (outcome.state, outcome.failed_trials) == ("complete", ())
+    assert sum("node-7; trying again" in line for line in listener.lines) == 1
+
+
+def test_a_stage_may_be_tried_more_often_than_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    Toy.faults["pretrain 2x2"] = [OSError(errno.ENOSPC, "No space left on device")] * 3
+    assert drive(tmp_path, retries=0, toy=StageLimits(retries=3))[0].failed_trials == ()
+
+
+def test_a_driver_that_lost_its_lease_ends_and_records_nothing_more(tmp_path, monkeypatch):
+    def lost(self):
+        raise ConfigError("this driver was cut off for too long")
+
+    monkeypatch.setattr(Lease, "require", lost)
+    with pytest.raises(ConfigError, match="cut off"):
+        drive(tmp_path)
+    assert Toy.ran == []
+    assert load(study_folder(tmp_path, "toy study"))["state"] == "running"
 
 
 def test_a_stop_request_ends_the_sweep_resumable(tmp_path):
