@@ -42,7 +42,7 @@ class Backlog(Generic[T]):
         self, name: str, make: Callable[[], Receiver[T]], is_refused: Callable[[Exception], bool], say: Callable[[str], None]
     ) -> None:
         self._name, self._make, self._is_refused, self._say = name, make, is_refused, say
-        self._items: deque[Callable[[], T]] = deque()
+        self._items: deque[Callable[[], T | None]] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._is_open = threading.Event()
@@ -51,7 +51,8 @@ class Backlog(Generic[T]):
         self._thread = threading.Thread(target=self._run, name=f"fffsweep-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, item: Callable[[], T]) -> None:
+    def put(self, item: Callable[[], T | None]) -> None:
+        """Queue an item; one that turns out None has nothing to tell any more."""
         with self._changed:
             self._items.append(item)
             self._changed.notify()
@@ -79,19 +80,20 @@ class Backlog(Generic[T]):
         with contextlib.suppress(Exception):  # whoever reads the server finds open runs; there is nothing more to lose here
             receiver.close()
 
-    def _next(self) -> list[Callable[[], T]]:
+    def _next(self) -> list[Callable[[], T | None]]:
         """The next items, at least one; none when closed and empty. They stay in the queue until delivered."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._deadline is not None)
             self._changed.wait_for(lambda: len(self._items) >= _BATCH or self._deadline is not None, _GATHER_S)
             return [self._items[index] for index in range(min(_BATCH, len(self._items)))]
 
-    def _deliver(self, receiver: Receiver[T], batch: list[Callable[[], T]]) -> bool:
+    def _deliver(self, receiver: Receiver[T], batch: list[Callable[[], T | None]]) -> bool:
         """Whether there is reason to go on."""
-        items = []
+        items: list[T] = []
         for make in batch:
             try:
-                items.append(make())
+                item = make()
+                items += [] if item is None else [item]
             except Exception as error:
                 self._lose(error)
         told = self._insist(lambda: self._write(receiver, items))

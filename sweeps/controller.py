@@ -19,6 +19,7 @@ from typing import Protocol
 from fffsweep.pipeline.lease import Claim
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
+from fffsweep.pipeline.store import DamagedArtifact
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
@@ -235,6 +236,22 @@ class Controller:
             queue.done(event.key)
         self._settle([trial for trial, _ in users])
 
+    def _withdraw(self, key: str) -> None:
+        """Have a damaged result made again, unless that was done already: several of its readers may notice."""
+        if key not in self._running and self._store.has(key) and self._is_damaged(key):
+            self._store.forget(key)
+            self._ledger.withdrawn(key)
+            self._wait_again(key)
+
+    def _is_damaged(self, key: str) -> bool:
+        manifest = self._store.get(key)
+        try:
+            for name in manifest.artifacts:
+                self._store.read(manifest, name)
+        except DamagedArtifact:
+            return True
+        return False
+
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
         planned = self._book.planned(event.key)
@@ -244,8 +261,7 @@ class Controller:
         retries = self._config.limits_of(planned.run.stage).retries
         retry = event.fault != "code" and self._attempts[event.key] <= (self._config.retries if retries is None else retries)
         if retry and event.damaged_key is not None:
-            self._store.forget(event.damaged_key)
-            self._wait_again(event.damaged_key)
+            self._withdraw(event.damaged_key)
         if retry:
             if self._told.get(event.key) != event.message:
                 self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")

@@ -60,7 +60,17 @@ class Ledger:
         place = trial.plan.spec.id, stage.planned.label, stage.planned.run.key
         if place not in self._told:
             self._told.add(place)
-            self._backlog.put(lambda: finished_stage(*place[:2], self._store.get(place[2]), self._store))
+            self._backlog.put(lambda: self._finished(*place))
+
+    def _finished(self, trial: str, label: str, key: str) -> TrackedRun | None:
+        try:
+            return finished_stage(trial, label, self._store.get(key), self._store)
+        except KeyError:  # withdrawn since it finished; it is told when it has been made again
+            return None
+
+    def withdrawn(self, key: str) -> None:
+        """A damaged result was withdrawn: once it has been made again, it is told again."""
+        self._told = {place for place in self._told if place[2] != key}
 
     def stage_failed(self, trial: TrialState, stage: StageState) -> None:
         self._backlog.put(
