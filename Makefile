@@ -64,7 +64,7 @@ $(STAMPS)/integration: $(STAMPS)/dev
 
 test-integration: setup-dev data
 	@$(MAKE) --silent --no-print-directory $(STAMPS)/integration
-	@TRITON_INTERPRET=1 FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer" $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 FFFSWEEP_HF_KERNELS=.venv/beside $(BIN)/pytest -m "integration or browser or postgres or sanitizer or chaos" $(PYTEST_ARGS)
 
 chaos: setup-dev
 	@$(BIN)/pytest tests/chaos --rounds $(ROUNDS) $(PYTEST_ARGS)
