@@ -28,13 +28,50 @@ class DivergedError(RuntimeError):
     """The loss is not finite, or far above where it was: no result is worth keeping."""
 
 
-def make_optimizer(model: nn.Module, recipe: AdamSettings) -> torch.optim.AdamW:
-    """AdamW; biases, norms and scalars are not decayed."""
+class Optimizer(Protocol):
+    """What training asks of an optimiser."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups; `lr` of each is set before a step."""
+        ...
+
+    def step(self) -> Any:
+        """Change the weights by their gradients."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Go on from a checkpoint."""
+        ...
+
+
+def make_optimizer(model: nn.Module, recipe: AdamSettings, kind: str = "adamw") -> Optimizer:
+    """AdamW, or with kind `muon` Muon for the matrices of hidden layers and AdamW for the rest; biases and norms are not decayed."""
+    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (kept if parameter.dim() < 2 or name.endswith(("b_in", "bias")) else decayed).append(parameter)
+        if parameter.dim() < 2 or name.endswith(("b_in", "bias")):
+            kept.append(parameter)
+        elif kind == "muon" and id(parameter) not in embeddings:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    adamw = _adamw(groups, recipe)
+    return MuonWithAdamW(matrices, adamw, recipe) if matrices else adamw
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: AdamSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
@@ -44,7 +81,55 @@ def make_optimizer(model: nn.Module, recipe: AdamSettings) -> torch.optim.AdamW:
     )
 
 
-def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, clip: float | None) -> float:
+class MuonWithAdamW:
+    """torch's Muon for `matrices`, `adamw` for what it holds, under one learning rate: Muon's steps are scaled to AdamW's size.
+
+    Muon takes matrices alone. A tree layer's weights [trees, nodes, hidden] are to it the one matrix [trees x nodes, hidden] that a
+    dense layer of as many neurons has, so that all layouts are trained alike; a step moves rows that no token visited, too.
+    Source: Jordan et al. 2024, "Muon"; the scale is Moonlight's, Liu et al. 2025, arXiv 2502.16982, section 2.2.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], adamw: torch.optim.AdamW, recipe: AdamSettings) -> None:
+        # the views share their memory with the weights, so that steps on them are steps on the weights
+        self._pairs = [(each, nn.Parameter(each.detach().flatten(0, -2))) for each in matrices]
+        self._muon = torch.optim.Muon(
+            [view for _, view in self._pairs],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._adamw = adamw
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of both."""
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def step(self) -> None:
+        """One step of both."""
+        for weight, view in self._pairs:
+            assert weight.data_ptr() == view.data_ptr(), "the weights were moved after the optimiser was made"
+            view.grad = None if weight.grad is None else weight.grad.flatten(0, -2)
+        self._muon.step()
+        self._adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for weight, view in self._pairs:
+            weight.grad = view.grad = None
+        self._adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._muon.load_state_dict(state_dict["muon"])
+        self._adamw.load_state_dict(state_dict["adamw"])
+
+
+def apply_gradients(model: nn.Module, optimizer: Optimizer, learning_rate: float, clip: float | None) -> float:
     """One step of the optimiser, gradients set to None afterwards. Norm of the gradient before it was clipped."""
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip))
     for group in optimizer.param_groups:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fffsweep.pipeline import optimisation, schedules
 from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.energy import EnergyMeter
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.masking import MaskedBatch, Masking, Reading, unigram_loss
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
@@ -61,14 +62,15 @@ def pretrain_to_rung(config: RungConfig, context: StageContext) -> Metrics:
 class Progress:
     """Everything of a run that a checkpoint holds beside weights, optimiser, guard and random numbers.
 
-    window: losses since the last row of the curve; window_s: seconds spent on them; elapsed_s: seconds of training, evaluations not
-    counted.
+    energy_joules: by kind, before the attempt that goes on from here. window: losses since the last row of the curve; window_s: seconds
+    spent on them; elapsed_s: seconds of training, evaluations not counted.
     """
 
     step: int = 0
     sequences: int = 0
     evaluated: int = 0
     elapsed_s: float = 0.0
+    energy_joules: dict[str, float] = field(default_factory=dict)
     window: list[float] = field(default_factory=list)
     window_s: float = 0.0
     window_sequences: int = 0
@@ -87,7 +89,7 @@ class Pretraining:
         self.model = FffForMaskedLM(FffConfig.of(config.model, vocabulary_size, self.tokenizer.pad_token_id))
         self.model.to(context.device)  # type: ignore[arg-type]
         self.forward = torch.compile(self.model) if config.compile else self.model
-        self.optimizer = optimisation.make_optimizer(self.model, config)
+        self.optimizer = optimisation.make_optimizer(self.model, config, config.optimizer)
         self.guard = optimisation.LossGuard(config.spike_limit)
         self.checkpoints = Checkpoints(context.work, 60 * config.checkpoint_minutes)
         self.masking = Masking(self.tokenizer.mask_token_id, tuple(self.tokenizer.all_special_ids), vocabulary_size, config.mask_share)
@@ -98,6 +100,7 @@ class Pretraining:
             for start in range(0, len(self.held_out), VALIDATION_BATCH)
         ]
         self.at = Progress()
+        self.meter = EnergyMeter(context.device)
 
     def resume(self) -> None:
         """Go on from the newest sound checkpoint, or from the rung before, if there is one."""
@@ -122,7 +125,7 @@ class Pretraining:
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "rng": optimisation.rng_state(self.context.device),
-            "progress": asdict(self.at),
+            "progress": {**asdict(self.at), "energy_joules": self._energy()},
         }
 
     def train(self, until: float = 1.0) -> None:
@@ -213,7 +216,13 @@ class Pretraining:
         at.curve.append(row)
         total = self.config.tokens or self.config.steps or self.config.wall_clock_s or 1
         unit = "tokens" if self.config.tokens else "steps" if self.config.steps else "s"
+        self.meter.total()  # read more often than its counters wrap
         self.context.progress(min(1.0, self._spent()) * total, total, unit, loss=row["loss"], tokens_per_s=row["tokens_per_s"])
+
+    def _energy(self) -> dict[str, float]:
+        """Joules by kind, of earlier attempts too."""
+        before = self.at.energy_joules
+        return {kind: joules + before.get(kind, 0.0) for kind, joules in self.meter.total().items()}
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
@@ -253,6 +262,7 @@ class Pretraining:
             "time/tokens_per_s": at.sequences * self.corpus.shape[1] / at.elapsed_s,
             "memory/peak_rss_bytes": optimisation.peak_rss_bytes(),
         }
+        metrics |= {f"energy/{kind}_joules": joules for kind, joules in self._energy().items()}
         return metrics | self._tree_health()
 
     @torch.no_grad()

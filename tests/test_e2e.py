@@ -27,7 +27,7 @@ CONFIG = CHECKOUT / "sweeps" / "tiny.yaml"
 STUDY = "tiny"
 LIMIT_S = 300
 # What no two runs share; everything else is the same bit for bit.
-MEASURED = ("time/", "memory/", "ff/", "model/")
+MEASURED = ("time/", "memory/", "energy/", "ff/", "model/")
 
 
 def command(*arguments: str) -> list[str]:

@@ -51,7 +51,7 @@ class PretrainRecipe(Settings):
     learning_rate: Number = Field(default=1e-3, gt=0, description="peak")
     schedule: Schedule = Field(default="triangle", description="of the learning rate, over the budget")
     warmup: Number = Field(default=0.0, ge=0, lt=1, description="share of the budget; wsd, cosine and constant alone")
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="muon: for the matrices of hidden layers, AdamW for the rest")
     weight_decay: Number = Field(default=0.01, ge=0, description="not of biases, norms and the scale of positions")
     beta1: Number = Field(default=0.9, ge=0, lt=1)
     beta2: Number = Field(default=0.98, ge=0, lt=1)
@@ -98,9 +98,10 @@ class Pretrain:
     """Artifacts: `model/` (transformers folder with the tokenizer), `curve.jsonl`, and `tree_health.json` for layers with trees."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
+        "pipeline/energy.py",
         "pipeline/masking.py",
         "pipeline/portable.py",
         "pipeline/tree_health.py",

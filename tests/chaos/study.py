@@ -23,7 +23,7 @@ from tests.sweeps.conftest import CONFIG, write_data
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 # What no two runs share; everything else is the same bit for bit.
-MEASURED = ("time/", "memory/", "ff/", "model/")
+MEASURED = ("time/", "memory/", "energy/", "ff/", "model/")
 LIMIT_S = 240
 _SLOWER = "{steps: 200, batch_size: 32, evaluations: 4, validation_sequences: 8, checkpoint_minutes: 0.002}"
 

@@ -24,7 +24,7 @@ from fffsweep.pipeline.stages.prepare import PrepareConfig
 from tests.plain_finetuning import plain_loop
 
 DATA = Path(os.environ.get("FFFSWEEP_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-ROWS = {"mrpc": 400, "stsb": 400, "sst2": 400}
+ROWS = {"mrpc": 200, "stsb": 300, "sst2": 500}
 pytestmark = [pytest.mark.integration, pytest.mark.shared_data]
 
 
@@ -53,7 +53,7 @@ def new_context(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(minilm, new_context):
     context = new_context()
-    settings = {"source": "directory", "path": str(DATA), "tasks": list(ROWS), "max_corpus_bytes": "500k"}
+    settings = {"source": "directory", "path": str(DATA), "tasks": list(ROWS), "max_corpus_bytes": "500k", "selection_share": 0.01}
     settings["corpus"] = ["corpus/train-00003*", "corpus/validation*"]
     get_stage("prepare").run(PrepareConfig.model_validate({**settings, "vocabulary_file": str(minilm / "vocab.txt")}), context)
     return context.output

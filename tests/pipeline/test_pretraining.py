@@ -40,7 +40,7 @@ def curve_of(context):
 
 def run(config, context):
     metrics = Pretrain().run(config, context)
-    timing = ("time/", "memory/")
+    timing = ("time/", "memory/", "energy/")
     return {name: value for name, value in metrics.items() if not name.startswith(timing)}
 
 
@@ -85,9 +85,9 @@ def test_equal_runs_are_equal_to_the_bit(name, new_context):
     assert curve_of(other) != curve_of(first)
 
 
-@pytest.mark.parametrize("name", ["dense", "fff"])
-def test_a_stopped_run_goes_on_to_the_same_bits(name, new_context, monkeypatch):
-    config = config_of(name, dropout=0.1, log_every=4, micro_batch_size=4, batch_ramp=0.5)
+@pytest.mark.parametrize(("name", "optimizer"), [("dense", "adamw"), ("fff", "adamw"), ("fff", "muon")])
+def test_a_stopped_run_goes_on_to_the_same_bits(name, optimizer, new_context, monkeypatch):
+    config = config_of(name, optimizer=optimizer, dropout=0.1, log_every=4, micro_batch_size=4, batch_ramp=0.5)
     whole = new_context("whole")
     expected = run(config, whole)
     monkeypatch.setattr(pretraining, "STOP_POLL_S", -1)
