@@ -76,8 +76,8 @@ def _trained(view: StudyView, trial: TrialView, task: str | None, replicate: int
         )
     if task is not None and task not in view.tasks:
         raise ChoiceError(f"task {task!r}: expected one of {nearest_first(task, view.tasks)}, the tasks of study {view.name!r}")
-    label = f"pretrain/{replicate}" if task is None else f"finetune/{replicate}/{task}/0"
-    manifest = trial.stage_manifest(label)
+    label = f"training/{replicate}" if task is None else f"finetune/{replicate}/{task}/0"
+    manifest = trial.training(replicate) if task is None else trial.stage_manifest(label)
     if manifest is None:
         raise ChoiceError(f"trial {trial.id!r}: {label} has not finished; run the sweep on, or choose a finished trial")
     return (manifest, None) if task is None else (finetuned(view.store, manifest), stored_task(view.store, manifest))

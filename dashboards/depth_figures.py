@@ -22,7 +22,7 @@ from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, StudyView
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.kernels.shape import parse_layout
 
-_KINDS = ("layout", "reference", "dense_active", "random_routing")
+_KINDS = ("layout", "reference", "dense_active", "random_routing", "unchanged")
 _MANY_TRIALS = 60  # beyond, lines through the layouts would only blur
 
 

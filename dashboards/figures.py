@@ -27,6 +27,7 @@ COLOURS = {
     "none": ("#6B6B6B", "#B0B0B0"),
     "dense_active": ("#007A5A", "#2BC49A"),
     "random_routing": ("#A8497F", "#E9A6CB"),
+    "unchanged": ("#2A9BD6", "#9AD4F5"),
     "paper": ("#9A6700", "#F0B84A"),
     "series0": ("#0072B2", "#56B4E9"),
     "series1": ("#D55E00", "#FF8F52"),
@@ -43,6 +44,7 @@ MARKERS = {
     "reference": "square",
     "dense_active": "diamond",
     "random_routing": "triangle-up",
+    "unchanged": "pentagon",
     "paper": "star-open",
 }
 NAMES = {
@@ -52,6 +54,7 @@ NAMES = {
     "none": "none (no feedforward)",
     "dense_active": "dense_active",
     "random_routing": "random_routing",
+    "unchanged": "unchanged (the encoder's own layer)",
 }
 NUM_SERIES = 8  # colours `@series0` to `@series7`; with DASHES and SYMBOLS beside them
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -204,7 +207,7 @@ def pareto(
         for trace in data:
             by_id = {trial.id: trial.metrics[third] for trial in shown}
             trace["marker"] |= {"color": [by_id[i] for i in trace["customdata"]], "coloraxis": "coloraxis"}
-    for kind in ("reference", "dense_active", "random_routing"):
+    for kind in ("reference", "dense_active", "random_routing", "unchanged"):
         controls = [trial for trial in overlays if role(trial) == kind]
         if controls:
             data.append(points(view, controls, x, y, kind, len(controls) <= _MANY))

@@ -208,7 +208,7 @@ def trial_page(view: StudyView, query: Query) -> Context:
     leaves = [training_figures.leaf_usage(trial, replicate) for replicate in range(view.num_replicates)][:1]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     artifacts = {stage["label"]: sorted(m.artifacts) for stage in trial.stages if (m := trial.stage_manifest(stage["label"]))}
-    manifest = trial.stage_manifest("pretrain/0")
+    manifest = trial.training(0)
     picks_of_study = picking.shown(view)
     return {
         "trial": trial,

@@ -19,6 +19,7 @@ _MARKERS = {
     "x": "x",
     "cross": "P",
     "hexagon": "h",
+    "pentagon": "p",
 }
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _STEPS = {"hv": "steps-post", "vh": "steps-pre"}

@@ -232,7 +232,7 @@ class StudyView:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Where the results come from: values that differ between manifests are listed beside each other."""
-        manifests = [trial.stage_manifest("pretrain/0") for trial in self.finished[:50]]
+        manifests = [trial.training(0) for trial in self.finished[:50]]
         found = [manifest for manifest in manifests if manifest is not None]
         prepared = next((m for trial in self.finished[:1] if (m := trial.stage_manifest("prepare"))), None)
         commits = {

@@ -128,6 +128,15 @@ class TrialView:
                     return None
         return None
 
+    def training_label(self, replicate: int) -> str:
+        """Label of the stage run that a replicate's model comes from."""
+        labels = {stage["label"] for stage in self.stages}
+        return f"convert/{replicate}" if f"convert/{replicate}" in labels else f"pretrain/{replicate}"
+
+    def training(self, replicate: int) -> Manifest | None:
+        """Its manifest; None before it has finished."""
+        return self.stage_manifest(self.training_label(replicate))
+
     def artifact(self, label: str, name: str) -> Path | None:
         """Path of an artifact of a finished stage run, checksum verified; None if it has none or it is damaged."""
         manifest = self.stage_manifest(label)
@@ -140,12 +149,12 @@ class TrialView:
 
     def curve(self, replicate: int) -> list[dict[str, Any]]:
         """Logged steps of a replicate's pretraining."""
-        path = self.artifact(f"pretrain/{replicate}", "curve.jsonl")
+        path = self.artifact(self.training_label(replicate), "curve.jsonl")
         return [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
 
     def tree_health(self, replicate: int) -> dict[str, Any] | None:
         """Left turns, leaf usage and dead nodes of a replicate's trained trees; None without trees."""
-        path = self.artifact(f"pretrain/{replicate}", "tree_health.json")
+        path = self.artifact(self.training_label(replicate), "tree_health.json")
         return None if path is None else json.loads(path.read_text())
 
     @property

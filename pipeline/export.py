@@ -1,7 +1,7 @@
 """A trained model as a Hugging Face directory: weights, tokenizer, task and where all of it came from.
 
 `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` (or `...ForSequenceClassification`) loads it wherever fffsweep
-is installed; `import fffsweep.pipeline.model` does in place of `trust_remote_code`. Trees run on the CMM operator.
+is installed; `import fffsweep.pipeline.encoders` does in place of `trust_remote_code`. Trees run on the CMM operator.
 """
 
 from __future__ import annotations
@@ -24,13 +24,27 @@ SCHEMA = "fffsweep.export/1"
 CARD = "fffsweep.json"
 _CODE = '''"""Lets `from_pretrained(..., trust_remote_code=True)` find the model's classes, which are those of the package fffsweep."""
 
-from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification, FffModel
+from {module} import {classes}
 '''
-_AUTO = {
-    "AutoConfig": "modeling_fffsweep.FffConfig",
-    "AutoModel": "modeling_fffsweep.FffModel",
-    "AutoModelForMaskedLM": "modeling_fffsweep.FffForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_fffsweep.FffForSequenceClassification",
+# Module and classes of our model types; any other is the transformers library's own.
+_MODULES = {
+    "fffsweep": (
+        "fffsweep.pipeline.model",
+        {
+            "AutoConfig": "FffConfig",
+            "AutoModel": "FffModel",
+            "AutoModelForMaskedLM": "FffForMaskedLM",
+            "AutoModelForSequenceClassification": "FffForSequenceClassification",
+        },
+    ),
+    "fffsweep-bert": (
+        "fffsweep.pipeline.encoders",
+        {
+            "AutoConfig": "ConvertedConfig",
+            "AutoModel": "ConvertedModel",
+            "AutoModelForSequenceClassification": "ConvertedForSequenceClassification",
+        },
+    ),
 }
 # How a layer is computed and trained, as opposed to what it computes: the outputs are the same.
 _INFERENCE = {"execution": "cmm", "routing_gradient": "none", "load_balancing": 0.0}
@@ -67,6 +81,8 @@ def export(store: Store, trained: Manifest, folder: Path, facts: Mapping[str, An
     names = {name.removeprefix("model/"): name for name in trained.artifacts if name.startswith("model/")}
     if "model.safetensors" not in names:
         raise ExportError(f"{trained.run.stage} {trained.key} has no model among its artifacts: expected model/model.safetensors")
+    if trained.run.stage == "convert":
+        raise ExportError("a converted encoder has no head of its own: export what was finetuned on it, with --task")
     origin = trained if trained.run.stage == "pretrain" else store.get(trained.run.inputs["pretrain"])
     tokenizer = {name.removeprefix("model/"): name for name in origin.artifacts if name.startswith("model/tokenizer")}
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -78,7 +94,10 @@ def export(store: Store, trained: Manifest, folder: Path, facts: Mapping[str, An
         config = json.loads((aside / "config.json").read_text())
         card = _card(trained, facts, task)
         (aside / "config.json").write_text(json.dumps(_for_inference(config, task), indent=2) + "\n")
-        (aside / "modeling_fffsweep.py").write_text(_CODE)
+        if config["model_type"] in _MODULES:
+            module, classes = _MODULES[config["model_type"]]
+            code = _CODE.format(module=module, classes=", ".join(sorted(classes.values())))
+            (aside / "modeling_fffsweep.py").write_text(code)
         (aside / CARD).write_text(json.dumps(card, indent=1) + "\n")
         (aside / "README.md").write_text(_readme(card))
         if folder.exists():
@@ -99,9 +118,10 @@ def check_free(folder: Path) -> Path:
 
 
 def _for_inference(config: dict[str, Any], task: Task | None) -> dict[str, Any]:
-    layer = config["feedforward"]
-    config["feedforward"] = layer | {name: value for name, value in _INFERENCE.items() if name in layer}
-    config["auto_map"] = _AUTO
+    if config["model_type"] in _MODULES:
+        layer = config["feedforward"]
+        config["feedforward"] = layer | {name: value for name, value in _INFERENCE.items() if name in layer}
+        config["auto_map"] = {auto: f"modeling_fffsweep.{own}" for auto, own in _MODULES[config["model_type"]][1].items()}
     if task is not None:
         names = task.label_names or tuple(str(label) for label in range(task.num_labels))
         if task.kind == "classification":
@@ -139,10 +159,10 @@ A {what}, exported by fffsweep {card["fffsweep"]}. `{CARD}` holds its whole conf
 ```python
 from transformers import AutoTokenizer, {auto}
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 model = {auto}.from_pretrained(".", trust_remote_code=True)
 ```
 
-The classes are those of the package fffsweep, which must be installed; `import fffsweep.pipeline.model` makes them known without
+The classes are those of the package fffsweep, which must be installed; `import fffsweep.pipeline.encoders` makes them known without
 `trust_remote_code`. From the command line: `printf '%b\\n' {example} | fffsweep predict .`
 """

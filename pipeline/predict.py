@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import fffsweep.pipeline.model  # noqa: F401 - makes the classes known to the Auto classes
+import fffsweep.pipeline.encoders  # noqa: F401 - makes the classes known to the Auto classes
 from fffsweep.pipeline.data.packing import join_texts
 from fffsweep.pipeline.export import CARD
 from fffsweep.pipeline.optimisation import quiet_transformers

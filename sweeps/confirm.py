@@ -24,7 +24,7 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
     reference = next((text for text in config["controls"] if text.startswith("reference_dense")), None)
     variant = trial["model"]["feedforward"]["variant"]
     controls = [reference] if reference else []
-    if variant in ("none", "random_routing"):
+    if variant in ("none", "random_routing", "unchanged"):
         controls.append(next(text for text in trial["controls"] if text.startswith(variant)))
     # A dense control is the layout of as many trees of depth 0; a study needs a layout even where the choice is `none`.
     layout = trial["layout"] or next(each["layout"] for each in study["trials"] if each["layout"])

@@ -62,7 +62,7 @@ def test_exported_models_load_without_our_import_and_predict(trained, fffsweep, 
 import sys, torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 for auto, folder in ((AutoModelForMaskedLM, "mlm"), (AutoModelForSequenceClassification, "classifier")):
-    tokenizer = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{folder}")
+    tokenizer = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{folder}", trust_remote_code=True)
     model = auto.from_pretrained(f"{sys.argv[1]}/{folder}", trust_remote_code=True).eval()
     with torch.profiler.profile() as profile, torch.inference_mode():
         print(tuple(model(**tokenizer("a [MASK]", return_tensors="pt")).logits.shape))

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import fffsweep.pipeline.predict as predicting
 from fffsweep.pipeline.data.vocabulary import make_tokenizer, save_tokenizer
+from fffsweep.pipeline.encoders import converted
 from fffsweep.pipeline.export import CARD, ExportError, export
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
 from fffsweep.pipeline.model_settings import FeedForward
@@ -99,6 +100,30 @@ def test_a_classifier_knows_its_task(store, tmp_path):
         assert each.scores[each.label] == max(each.scores.values())
     table = predicting._load_pyfunc(str(folder)).predict([text.split("\t") for text in texts])
     assert table == [each.label for each in found]
+
+
+@pytest.mark.parametrize("variant", ["fff", "unchanged"])
+def test_a_converted_encoder_is_exported_with_its_classifier(store, tmp_path, variant):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 28, "max_position_embeddings": 12}
+    plain = BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
+    encoder = converted(plain, FeedForward(variant="fff", trees=4, depth=2)) if variant == "fff" else plain
+    made = tmp_path / "made"
+    encoder.save_pretrained(made / "model")
+    save_tokenizer(make_tokenizer(WORDS, True), made / "model", 12)
+    origin = store.publish(StageRun("convert", 1, {}, 0, {}), {}, made, {}, 0.0, 1.0)
+    model = AutoModelForSequenceClassification.from_pretrained(made / "model", num_labels=2).eval()
+    model.save_pretrained(tmp_path / "tuned" / "model")
+    run = StageRun("finetune", 1, {"task": "x"}, 0, {"pretrain": origin.key})
+    tuned = store.publish(run, {}, tmp_path / "tuned", {}, 0.0, 1.0)
+    folder = export(store, tuned, tmp_path / "out", {}, get_task("sst2-like"))
+    again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    assert Predictor(folder).predict(["a good film"])[0].label in ("0", "1")
+    with pytest.raises(ExportError, match="with --task"):
+        export(store, origin, tmp_path / "bare", {})
 
 
 def test_a_regression_stays_in_its_range(store, tmp_path):
