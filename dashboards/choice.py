@@ -70,9 +70,9 @@ def export_trial(view: StudyView, trial_id: str, folder: Path, task: str | None 
 
 def _trained(view: StudyView, trial: TrialView, task: str | None, replicate: int) -> tuple[Manifest, Task | None]:
     """The run whose model is meant, and its task."""
-    if replicate >= view.num_replicates:
+    if replicate >= trial.num_replicates:
         raise ChoiceError(
-            f"replicate {replicate}: study {view.name!r} has {view.num_replicates}, so expected 0 to {view.num_replicates - 1}"
+            f"replicate {replicate}: trial {trial.id!r} has {trial.num_replicates}, so expected 0 to {trial.num_replicates - 1}"
         )
     if task is not None and task not in view.tasks:
         raise ChoiceError(f"task {task!r}: expected one of {nearest_first(task, view.tasks)}, the tasks of study {view.name!r}")
@@ -106,7 +106,7 @@ def pick(
         raise ChoiceError(f"trial {trial.id!r} of {study!r} is {trial.state}: only a finished trial can be picked")
     if task is not None and task not in view.tasks:
         raise ChoiceError(f"task {task!r}: expected one of {nearest_first(task, view.tasks)}, the tasks of study {study!r}")
-    num_fresh = view.num_replicates if num_fresh is None else num_fresh
+    num_fresh = trial.num_replicates if num_fresh is None else num_fresh
     note = Notebook(view.folder, alias)
     note.write("running", trial.id, message=f"on {num_fresh} fresh seeds" if num_fresh else "")
     try:
@@ -128,7 +128,7 @@ def _confirm(view: StudyView, trial: TrialView, num_fresh: int, listener: Listen
     record = load(view.folder)
     assert record is not None
     own = next(each for each in record["trials"] if each["id"] == trial.id)
-    config = confirming(record, own, num_fresh)
+    config = confirming(record, own, trial.num_replicates, num_fresh)
     outcome = run_sweep(config, view.results, listener, executor)
     if outcome.failed_trials:
         raise ChoiceError(f"on fresh seeds {', '.join(outcome.failed_trials)} failed; `fffsweep ui` shows why, in study {config.name!r}")
@@ -155,7 +155,7 @@ def evidence(view: StudyView, trial: TrialView, confirmed: StudyView | None, num
 def fresh_evidence(view: StudyView, trial: TrialView, confirmed: StudyView, num_fresh: int) -> dict[str, Any]:
     """What the seeds that had no part in the choice say, beside what the others said."""
     again = next(each for each in confirmed.finished if each.model == trial.model)
-    seeds = range(view.num_replicates, view.num_replicates + num_fresh)
+    seeds = range(trial.num_replicates, trial.num_replicates + num_fresh)
     values = {name: _on(again, name, seeds) for name in _named(view)}
     kept = None
     if confirmed.reference is not None:

@@ -133,6 +133,7 @@ def hover(view: StudyView, trial: TrialView, metrics: Sequence[str]) -> str:
     lines = [f"<b>{html.escape(trial.id)}</b>", html.escape(", ".join(trial.controls)), size]
     lines += [html.escape(f"{name}: {value}") for name, value in trial.params.items() if "." in name]  # what a search has set
     lines += [f"{html.escape(metric)}: {with_interval(trial.estimate(metric), 3)}" for metric in metrics]
+    lines += [html.escape(f"does not keep {text}") for text in view.violated(trial)]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     if chance is not None:
         lines.append(f"P(on front): {chance:.2f}")

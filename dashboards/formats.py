@@ -80,6 +80,10 @@ def notes(view: StudyView) -> list[str]:
     if view.finished:
         judged = decidability(view)
         said.append(judged.reason[0].upper() + judged.reason[1:] + ".")
+    if view.constraints:
+        searched = [trial for trial in view.finished if trial.in_study]
+        keep = sum(not view.violated(trial) for trial in searched)
+        said.append(f"{keep} of {len(searched)} finished trials keep {' and '.join(view.constraints)}.")
     likes = [task for task in view.tasks if task.endswith("-like")]
     if likes:
         said.append(f"{', '.join(likes)}: stand-ins, not GLUE scores.")

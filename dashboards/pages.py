@@ -17,9 +17,10 @@ from fffsweep.dashboards.summary import number, rows, used_columns, with_interva
 from fffsweep.dashboards.trial import FINISHED, TrialView
 from fffsweep.dashboards.verdicts import KEPT, claims, decidability
 from fffsweep.sweeps import statistics as stats
+from fffsweep.sweeps.constraints import RETENTION, parse_constraint
 
 PAGE_ROWS = 100
-MARKS = {"complete": "✓", "reused": "=", "running": "▶", "failed": "✗", "waiting": "·", "pruned": "✂"}
+MARKS = {"complete": "✓", "reused": "=", "running": "▶", "failed": "✗", "waiting": "·", "pruned": "✂", "paused": "⏸"}
 MOST_COMPARED = 6
 
 
@@ -112,13 +113,19 @@ def objective_choices(view: StudyView) -> list[str]:
     return view.memo("choices", found)
 
 
+def asked_share(view: StudyView) -> float:
+    """Share of the dense quality to be kept: the study's own constraint, where it has one."""
+    asked = [each.bound for each in map(parse_constraint, view.constraints) if each.metric == RETENTION and each.at_least]
+    return max(asked, default=KEPT)
+
+
 def pareto_page(view: StudyView, query: Query) -> Context:
     """Front over chosen objectives and filters, and the picks under a constraint."""
     choices = objective_choices(view)
     x, y, third = report.pareto_axes(view)
     x, y = (given if (given := query.get(name)) in choices else default for name, default in (("x", x), ("y", y)))
     third = query.get("z") if query.get("z") in choices else (third if "z" not in query.values else None)
-    shares = query.number("kept", 100 * KEPT)
+    shares = query.number("kept", 100 * asked_share(view))
     low, high, widest = query.number("depth_min", 0), query.number("depth_max", 30), query.number("active_max", math.inf)
     text = query.get("q").lower()
     kept = [
@@ -205,7 +212,7 @@ def trial_page(view: StudyView, query: Query) -> Context:
     trial = view.trial(query.get("trial"))
     metrics = [(name, with_interval(trial.estimate(name), 4)) for name in sorted(trial.averages, key=_importance)]
     curve = training_figures.curves(view, [trial])
-    leaves = [training_figures.leaf_usage(trial, replicate) for replicate in range(view.num_replicates)][:1]
+    leaves = [training_figures.leaf_usage(trial, replicate) for replicate in range(1)]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     artifacts = {stage["label"]: sorted(m.artifacts) for stage in trial.stages if (m := trial.stage_manifest(stage["label"]))}
     manifest = trial.training(0)

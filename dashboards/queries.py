@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +20,7 @@ from fffsweep.dashboards.trial import FINISHED, Estimate, TrialView, read_manife
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.config_errors import nearest_first
+from fffsweep.sweeps.constraints import RETENTION, parse_constraint
 from fffsweep.sweeps.pareto import front
 from fffsweep.sweeps.record import SCHEMA, study_folder
 
@@ -82,8 +84,9 @@ class StudyView:
 
     @property
     def num_replicates(self) -> int:
-        """Pretraining seeds of every trial."""
-        return int(self.config.get("seeds", {}).get("pretrain", 1))
+        """Pretraining seeds that every trial has; a search may give more to some."""
+        asked = self.config.get("seeds", {}).get("pretrain", 1)
+        return int(asked["min"] if isinstance(asked, dict) else asked)
 
     @property
     def matches_time(self) -> bool:
@@ -101,9 +104,23 @@ class StudyView:
 
     @cached_property
     def reference(self) -> TrialView | None:
-        """The finished trial in the role reference_dense; where it was tuned, the one best on the rows held out for selection."""
-        playing = [trial for trial in self.finished if trial.has_role("reference_dense")]
-        return max(playing, key=lambda trial: trial.value(QUALITY) or -np.inf, default=None)
+        """The finished trial in the role reference_dense; where a search tunes it, the best one on the rows held out for selection."""
+        found = [trial for trial in self.finished if trial.has_role("reference_dense")]
+        return max(found, key=lambda trial: trial.metrics.get(QUALITY, -math.inf), default=None)
+
+    @property
+    def constraints(self) -> list[str]:
+        """The search's constraints, as the config has them."""
+        return list(self.config.get("constraints") or [])
+
+    def violated(self, trial: TrialView) -> list[str]:
+        """Constraints that a finished trial does not keep."""
+        found = []
+        for constraint in map(parse_constraint, self.constraints):
+            kept = self.retention(trial) if constraint.metric == RETENTION else trial.estimate(constraint.metric)
+            if kept is not None and constraint.violation(kept.value) > 0:
+                found.append(constraint.text)
+        return found
 
     @cached_property
     def no_feedforward(self) -> TrialView | None:

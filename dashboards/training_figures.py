@@ -25,7 +25,7 @@ def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validatio
     data: list[Spec] = []
     rows: list[dict[str, Any]] = []
     for index, trial in enumerate(trials):
-        seeds = range(view.num_replicates) if replicate is None else [replicate]
+        seeds = range(trial.num_replicates) if replicate is None else [replicate]
         for seed in seeds:
             logged = [row for row in trial.curve(seed) if row.get(value) is not None]
             if not logged:

@@ -10,8 +10,8 @@ from typing import Any
 from fffsweep.sweeps.config import SweepConfig
 
 
-def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: int) -> SweepConfig:
-    """Config of the study that runs a trial and its reference on `num_fresh` further pretraining seeds.
+def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_seeds: int, num_fresh: int) -> SweepConfig:
+    """Config of the study that runs a trial, which has `num_seeds` pretraining seeds, and its reference on `num_fresh` further ones.
 
     study, trial: of a study record. The seeds that the trial was chosen on are in it too; their results are in the store and are
     reused, so only the fresh ones cost anything. A searched trial keeps its settings; its reference is trained with them too.
@@ -28,7 +28,6 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
         controls.append(next(text for text in trial["controls"] if text.startswith(variant)))
     # A dense control is the layout of as many trees of depth 0; a study needs a layout even where the choice is `none`.
     layout = trial["layout"] or next(each["layout"] for each in study["trials"] if each["layout"])
-    seeds = config["seeds"]
     return SweepConfig.model_validate(
         {
             **config,
@@ -39,8 +38,10 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_fresh: in
             "width": None,
             "search": None,
             "sampler": "grid",
+            "constraints": [],
+            "early_stopping": None,
             "controls": controls,
-            "seeds": {**seeds, "pretrain": seeds["pretrain"] + num_fresh},
+            "seeds": {"pretrain": num_seeds + num_fresh, "finetune": config["seeds"]["finetune"]},
         }
     )
 

@@ -88,7 +88,7 @@ def test_a_confirming_study_reuses_the_seeds_that_are_there(name, request):
     ]
     own = next(trial for trial in trials if trial["id"] == chosen.spec.id)
     study = {"name": config.name, "config": config.resolved(), "trials": trials}
-    again = confirming(study, own, 2)
+    again = confirming(study, own, config.seeds.pretrain, 2)
     assert isinstance(again, SweepConfig)
     assert again.seeds.pretrain == config.seeds.pretrain + 2
     keys = {stage.run.key for plan in build(again, expand(again)) for stage in plan.stages}
@@ -111,7 +111,7 @@ def test_a_searched_trial_keeps_its_settings(request):
     ]
     for plan in chosen:
         own = next(trial for trial in trials if trial["id"] == plan.spec.id)
-        again = confirming({"name": config.name, "config": config.resolved(), "trials": trials}, own, 1)
+        again = confirming({"name": config.name, "config": config.resolved(), "trials": trials}, own, 1, 1)
         keys = {stage.run.key for other in build(again, expand(again)) for stage in other.stages}
         assert {stage.run.key for stage in plan.stages if stage.label.startswith(("pretrain", "finetune"))} <= keys
 

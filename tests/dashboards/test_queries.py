@@ -135,3 +135,18 @@ def test_a_damaged_artifact_is_not_shown(generated, tmp_path):
     path.write_text("{}")
     assert trial.artifact("pretrain/0", "curve.jsonl") is None
     assert trial.curve(0) == []
+
+
+def test_a_search_s_constraints_are_kept_or_named(generated, tmp_path):
+    generator = generated.generate(tmp_path, "bound", replicates=1, finetunings=1, steps=5)
+    generator.config |= {
+        "constraints": ["quality_retention >= 0.96", "ff/cpu/rel_time <= 0.5"],
+        "seeds": {"pretrain": {"min": 1, "max": 3}, "finetune": 1},
+    }
+    record = json.loads((study_folder(tmp_path, "bound") / "study.json").read_text())
+    generator.save(record["trials"], "complete")
+    view = load_study(tmp_path, "bound")
+    assert view.num_replicates == 1
+    assert view.violated(view.trial("512x0")) == ["ff/cpu/rel_time <= 0.5"]
+    assert view.violated(view.trial("1x8")) == ["quality_retention >= 0.96"]
+    assert view.violated(view.trial("dense_active(8x5)")) == []
