@@ -131,7 +131,7 @@ class TrialView:
     @cached_property
     def num_replicates(self) -> int:
         """Pretraining seeds that the trial has: a search may have given it more than the config says."""
-        return max(1, sum(stage["label"].startswith(("pretrain/", "convert/")) for stage in self.stages))
+        return max(1, sum(str(stage["label"]).startswith(("pretrain/", "convert/")) for stage in self.stages))
 
     def training_label(self, replicate: int) -> str:
         """Label of the stage run that a replicate's model comes from."""
