@@ -22,9 +22,9 @@ from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.store import Manifest
 from fffsweep.pipeline.tasks import Task, nearest_first
 from fffsweep.sweeps import statistics as stats
+from fffsweep.sweeps.backends import mlflow_uri
 from fffsweep.sweeps.confirm import confirming
 from fffsweep.sweeps.controller import Listener, run_sweep
-from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import load
 
 SCHEMA = "fffsweep.pick/1"
@@ -224,9 +224,7 @@ def _register(view: StudyView, trial: TrialView, alias: str, found: dict[str, An
     }
     with tempfile.TemporaryDirectory() as folder:
         model = export_trial(view, trial.id, Path(folder) / "model", task, replicate)
-        version = register_model(
-            sqlite_url(view.results / "mlflow.db"), view.name, name, alias, model, description, tags, {"evidence.json": found}
-        )
+        version = register_model(mlflow_uri(view.results), view.name, name, alias, model, description, tags, {"evidence.json": found})
     return Picked(name, version, alias, found)
 
 

@@ -6,7 +6,8 @@ from urllib.parse import urlsplit
 
 from fffsweep.dashboards.queries import StudyView
 from fffsweep.dashboards.trial import TrialView
-from fffsweep.sweeps.optuna_study import sqlite_url, study_id
+from fffsweep.sweeps.backends import mlflow_uri, optuna_url
+from fffsweep.sweeps.optuna_study import study_id
 
 
 def check_base(url: str | None, option: str) -> str | None:
@@ -22,9 +23,9 @@ def check_base(url: str | None, option: str) -> str | None:
 def address(view: StudyView, trial: TrialView, tool: str, base: str, label: str = "") -> str:
     """Page of a trial, or of its stage run `label`, in `mlflow` or `optuna` served at `base`. Raises ValueError if it is not there."""
     if tool == "optuna":
-        number = study_id(sqlite_url(view.results / "optuna.db"), view.name)
+        number = study_id(optuna_url(view.results), view.name)
         return f"{base}/dashboard/studies/{number}/trials?numbers={trial.number}"
     from fffsweep.pipeline.tracking import find_run
 
-    experiment, run = find_run(sqlite_url(view.results / "mlflow.db"), view.name, trial.id, label)
+    experiment, run = find_run(mlflow_uri(view.results), view.name, trial.id, label)
     return f"{base}/#/experiments/{experiment}/runs/{run}"
