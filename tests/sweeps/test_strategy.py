@@ -1,0 +1,185 @@
+"""Searches without training: results are made up from each run's config, drivers are killed, decisions stay."""
+
+import hashlib
+import math
+
+import pytest
+
+from fffsweep.sweeps.config import load_config
+from fffsweep.sweeps.decisions import Decisions
+from fffsweep.sweeps.search import Search
+from fffsweep.sweeps.strategy import SearchTrials
+
+BASE = """
+model: {hidden_size: 32, num_layers: 1, num_heads: 2, sequence_length: 64}
+layouts: [60x0, 4x3]
+controls: [reference_dense(60), none]
+stages:
+  prepare: {vocabulary_size: 1024}
+  pretrain: {tokens: 200k, batch_size: 8, schedule: wsd}
+  finetune: {tasks: [sst2-like]}
+objectives: {quality/avg: maximize, ff/active_width: minimize}
+search:
+  num_trials: 7
+  space: {stages.pretrain.learning_rate: {type: float, low: 1e-4, high: 1e-2, log: true}}
+"""
+
+
+class Made:
+    """Draws for a sampler that learns, without Optuna: a function of the name."""
+
+    def draw(self, name, budget, space, fixed):
+        assert Search.model_validate({"space": {path: each.model_dump() for path, each in space.items()}})
+        part = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+        return dict.fromkeys(space, 10 ** (-4 + 2 * part))
+
+
+class World:
+    """A store and a driver that runs one stage after another; `kill_after` stage runs it is killed, its results stay."""
+
+    def __init__(self, folder, text="", *overrides, noise=0.01):
+        folder.mkdir(exist_ok=True)
+        path = folder / "made.yaml"
+        path.write_text(BASE + text)
+        self.folder, self.config, self.noise = folder, load_config(path, overrides), noise
+        self.metrics, self.ran, self.told, self.pruned = {}, [], {}, {}
+
+    def drive(self, kill_after=math.inf):
+        strategy = SearchTrials(self.config, self.folder, self.metrics.get, lambda stratum: Made())
+        self.plans, waiting, over = {}, [], set()
+        self._take(strategy.start(), waiting, over)
+        while True:
+            if not waiting:
+                self._take(strategy.more(1), waiting, over)
+                if not waiting:
+                    return True
+            name = waiting.pop(0)
+            if name in over:
+                continue
+            for stage in self.plans[name].stages:
+                if stage.run.key not in self.metrics:
+                    if kill_after <= 0:
+                        return False
+                    kill_after -= 1
+                    self.metrics[stage.run.key] = self._run(self.plans[name], stage)
+                    self.ran.append((name, stage.label))
+            self._take(strategy.finished(name), waiting, over)
+
+    def _take(self, changes, waiting, over):
+        for plan in changes.plans:
+            self.plans[plan.spec.id] = plan
+            waiting.append(plan.spec.id)
+        over |= set(changes.pruned)
+        self.pruned |= changes.pruned
+        self.told |= changes.tell
+
+    def _run(self, plan, stage):
+        rate = stage.run.config.get("learning_rate", plan.spec.point.get("stages.pretrain.learning_rate", 1e-3))
+        key = f"{plan.spec.layout}{rate:.9g}/{stage.replicate}"
+        wobble = self.noise * (int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32 - 0.5)
+        loss = abs(math.log10(rate) + 3) + wobble
+        if stage.run.stage != "collect":
+            return {"mlm/validation_loss": loss}
+        width = plan.spec.model.feedforward.active_width
+        values = {}
+        for number in range(len({each.replicate for each in plan.stages} - {None})):
+            wobble = self.noise * math.sin(1 + number + 1e4 * rate)
+            values |= {f"quality/avg/{number}": 50 - loss + wobble, f"ff/active_width/{number}": float(width)}
+        means = {name: sum(v for n, v in values.items() if n.startswith(name)) / (len(values) / 2) for name in self.config.objectives}
+        return values | means
+
+
+STOPPING = "early_stopping: {eta: 3, rungs: 2}\nseeds: {pretrain: 2}\n"
+ALL = (
+    STOPPING.replace("2}\n", "{min: 2, max: 4}}\n").replace("rungs: {min: 2, max: 4}}", "rungs: 2}")
+    + "constraints: [quality_retention >= 0.9]\n"
+)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_halving_leaves_a_third_of_a_third_of_each_layout(tmp_path, sampler):
+    world = World(tmp_path, STOPPING, f"sampler={sampler}", "search.num_trials=9")
+    assert world.drive()
+    for layout in ("60x0", "4x3", "reference_dense"):
+        mine = [plan for name, plan in world.plans.items() if name.startswith(f"{layout}-t")]
+        assert len(mine) == 9
+        whole = [plan for plan in mine if plan.is_whole]
+        assert 1 <= len(whole) <= 3
+        assert len([plan for plan in mine if plan.spec.id in world.pruned]) == 9 - len(whole)
+        best = min(mine, key=lambda plan: abs(math.log10(plan.spec.point["stages.pretrain.learning_rate"]) + 3))
+        assert best.is_whole or layout == "60x0"
+    assert world.plans["reference_dense"].is_whole
+    assert world.plans["none"].is_whole
+
+
+@pytest.mark.parametrize("text", [STOPPING, ALL], ids=["rungs", "rungs, constraints, adaptive seeds"])
+@pytest.mark.parametrize("sampler", ["tpe", "qmc"])
+def test_a_study_killed_at_every_step_decides_and_runs_what_an_undisturbed_one_does(tmp_path, sampler, text):
+    whole = World(tmp_path / "whole", text, f"sampler={sampler}")
+    assert whole.drive()
+    killed = World(tmp_path / "killed", text, f"sampler={sampler}")
+    num_kills = 0
+    while not killed.drive(kill_after=1):
+        num_kills += 1
+    assert num_kills > 40
+    assert sorted(killed.ran) == sorted(whole.ran)
+    assert {name: [s.run.key for s in plan.stages] for name, plan in killed.plans.items()} == {
+        name: [s.run.key for s in plan.stages] for name, plan in whole.plans.items()
+    }
+    assert killed.pruned == whole.pruned
+    assert {name: told for name, told in killed.told.items() if name in whole.told} == whole.told
+    assert len(killed.ran) == len(set(killed.ran))
+
+
+def test_again_nothing_is_decided_and_nothing_is_run(tmp_path):
+    world = World(tmp_path, ALL, "sampler=tpe")
+    world.drive()
+    decisions, world.ran = list(Decisions(tmp_path).read()), []
+    assert world.drive()
+    assert not world.ran
+    assert list(Decisions(tmp_path).read()) == decisions
+    assert len([each for each in decisions if "drawn" in each]) == 21
+
+
+def test_more_trials_extend_a_study(tmp_path):
+    world = World(tmp_path, "", "sampler=tpe", "search.num_trials=2")
+    world.drive()
+    before = dict(world.plans)
+    bigger = World(tmp_path, "", "sampler=tpe", "search.num_trials=4")
+    bigger.metrics = world.metrics
+    bigger.drive()
+    assert set(bigger.plans) - set(before) == {f"{name}-t{index}" for name in ("60x0", "4x3", "reference_dense") for index in (2, 3)}
+    assert all(bigger.plans[name] == plan for name, plan in before.items())
+
+
+def test_values_wait_for_the_reference_that_constraints_look_at(tmp_path):
+    world = World(tmp_path, "constraints: [quality_retention >= 0.999, ff/active_width <= 30]\n", "sampler=tpe", "search.num_trials=3")
+    world.drive()
+    told = {name: values for name, values in world.told.items() if name.startswith("4x3")}
+    assert len(told) == 3
+    best = max(world.metrics[world.plans[f"reference_dense{n}"].stages[-1].run.key]["quality/avg"] for n in ("", "-t0", "-t1", "-t2"))
+    for name, values in told.items():
+        quality = world.metrics[world.plans[name].stages[-1].run.key]["quality/avg"]
+        assert list(values) == ["quality_retention >= 0.999", "ff/active_width <= 30"]
+        assert values["quality_retention >= 0.999"] == pytest.approx(0.999 - quality / best)
+        assert values["ff/active_width <= 30"] == 16 - 30
+
+
+def test_seeds_go_to_those_near_the_front_that_are_not_told_apart(tmp_path):
+    world = World(tmp_path, "seeds: {pretrain: {min: 1, max: 4}}\n", "sampler=random", "search.num_trials=5", noise=0.2)
+    world.drive()
+    seeds = {name: len({stage.replicate for stage in plan.stages} - {None}) for name, plan in world.plans.items()}
+    assert max(seeds.values()) > 1
+    assert min(seeds.values()) == 1
+    assert max(seeds.values()) <= 4
+    assert seeds["reference_dense"] == max(seeds.values()), "pairs need the reference's seeds too"
+
+
+def test_a_decision_cut_short_by_a_kill_was_never_made(tmp_path):
+    decisions = Decisions(tmp_path)
+    decisions.write(trial="a", promoted=1)
+    with (tmp_path / "decisions.jsonl").open("a") as file:
+        file.write('{"trial": "b", "prom')
+    assert list(Decisions(tmp_path).read()) == [{"trial": "a", "promoted": 1}]
+    Decisions(tmp_path).write(trial="c", stopped="why")
+    assert [each["trial"] for each in Decisions(tmp_path).read()] == ["a", "c"]
