@@ -279,6 +279,8 @@ class Controller:
 
     def _adopt(self, changes: Changes) -> None:
         """Do what the strategy says: trials come, go on, or end."""
+        for name, constraints in changes.tell.items():
+            self._ledger.tell(self._book.trial(name), constraints)
         touched = []
         for plan in changes.plans:
             trial, gained = self._book.adopt(plan)
@@ -294,8 +296,6 @@ class Controller:
             trial = self._book.trial(name)
             trial.state, trial.error = "pruned", reason
             self._ledger.trial_pruned(trial)
-        for name, constraints in changes.tell.items():
-            self._ledger.tell(self._book.trial(name), constraints)
         self._settle(touched)
 
     def _settle(self, trials: list[TrialState]) -> None:

@@ -16,10 +16,10 @@ from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import StageRun
 from fffsweep.pipeline.store import Manifest, Store
 from fffsweep.sweeps.config import SweepConfig
-from fffsweep.sweeps.graph import PlannedStage, TrialPlan, build
+from fffsweep.sweeps.forecast import forecast
+from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.record import check_extends, load, study_folder
 from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
-from fffsweep.sweeps.space import expand
 
 SCHEMA = "fffsweep.plan/1"
 _MOST_MANIFESTS = 500  # their file names are hashes, so any 500 are a fair sample
@@ -63,6 +63,7 @@ class Plan:
     num_cores: int
     seconds: float
     num_bytes: float
+    notes: tuple[str, ...] = ()
     schedule: Schedule | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -76,8 +77,8 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     """
     stored = load(study_folder(results, config.name))
     check_extends(config, stored)
-    plans = build(config, expand(config))
     store = open_store(results / "store")
+    plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if store.has(key) else None)
     runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
     cached = {key for key in runs if store.has(key)}
     history = _History(store)
@@ -104,12 +105,13 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     schedule = None
     if cluster is not None:
         schedule = simulate([simulated[key] for key in runs if key in simulated], frozenset(cached), cluster, num_bytes)
-    return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, num_bytes, schedule)
+    return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, num_bytes, tuple(notes), schedule)
 
 
 def to_lines(plan: Plan) -> Iterator[str]:
     """The plan for reading."""
     yield f"study {plan.study}: {len(plan.trials)} trials" + ("" if plan.is_new else "; the study exists and goes on")
+    yield from plan.notes
     yield from _table(
         ("trial", "control", "stage runs", "cached"),
         [(trial.trial, ", ".join(trial.controls), str(trial.num_stages), str(trial.num_cached)) for trial in plan.trials],
@@ -177,7 +179,9 @@ def _settings(run: StageRun) -> str:
 def _amount(run: StageRun) -> float:
     """What a run's time grows with, as far as its config says: the budget of pretraining."""
     budgets = [run.config.get(name) for name in ("tokens", "steps", "wall_clock_s", "distinct_tokens")]
-    return float(next(filter(None, budgets), 1.0)) if run.stage in ("pretrain", "convert", "activations") else 1.0
+    if run.stage not in ("pretrain", "rung", "convert", "activations"):
+        return 1.0
+    return float(next(filter(None, budgets), 1.0)) * float(run.config.get("share", 1.0))  # of which a rung has a share
 
 
 def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: _History) -> tuple[float, float, str]:
@@ -195,10 +199,11 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
     num_bytes = _GUESS_BYTES.get(name, 4.0 * (model.num_layers * (4 * hidden**2 + 2 * hidden * stored) + hidden * vocabulary))
     if name == "prepare":
         num_bytes = 0.6 * float(settings["max_corpus_bytes"] or 1e8)  # two bytes a token
-    if name == "pretrain":
+    if name in ("pretrain", "rung"):
+        share = settings.get("share", 1.0)
         if settings["wall_clock_s"]:
-            return float(settings["wall_clock_s"]), num_bytes, "the wall-clock budget"
-        tokens = float(settings["tokens"] or settings["steps"] * settings["batch_size"] * model.sequence_length)
+            return share * float(settings["wall_clock_s"]), num_bytes, "the wall-clock budget"
+        tokens = share * float(settings["tokens"] or settings["steps"] * settings["batch_size"] * model.sequence_length)
     elif name in ("activations", "convert"):
         return _guess_conversion(stage.run, hidden, model.num_layers, used, num_bytes)
     elif name == "finetune":

@@ -107,9 +107,10 @@ class SearchTrials:
         folder: Path,
         metrics_of: Callable[[str], Metrics | None],
         sampling: Callable[[Stratum], Sampling] | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
         self._config, self._metrics_of, self._sampling = config, metrics_of, sampling
-        self._decisions = Decisions(folder)
+        self._decisions = decisions or Decisions(folder)
         self._strata = {stratum.name: stratum for stratum in strata(config)}
         self._learns = config.sampler not in FIXED_IN_ADVANCE
         self._num_drawn = dict.fromkeys(self._strata, 0)
@@ -172,6 +173,18 @@ class SearchTrials:
             if plan is not None:
                 changes.plans.append(plan)
         return self._go_on(changes) if self._is_drawn else changes
+
+    @property
+    def racers(self) -> list[Racer]:
+        """Every trial that passes rungs."""
+        return [trial.racer for trial in self._trials.values() if trial.racer is not None]
+
+    def granted(self, name: str, rung: int) -> TrialPlan:
+        """Plan of a trial that may go to `rung`."""
+        trial = self._trials[name]
+        assert trial.racer is not None
+        trial.racer.granted = max(rung, trial.racer.granted)
+        return self._replan(trial)
 
     def _note(self, trial: _Trial) -> None:
         waits = trial.racer is not None and trial.racer.waits
@@ -265,7 +278,7 @@ class SearchTrials:
     def _judge(self, changes: Changes) -> None:
         """Promote and stop until nothing more follows."""
         assert self._config.early_stopping is not None
-        racers = [trial.racer for trial in self._trials.values() if trial.racer is not None]
+        racers = self.racers
         while True:
             verdicts = decide(racers, self._config.early_stopping.eta, self._num_rungs, lambda group: self._is_drawn)
             for name, reason in verdicts.stopped.items():

@@ -7,6 +7,7 @@ import pytest
 
 from fffsweep.sweeps.config import load_config
 from fffsweep.sweeps.decisions import Decisions
+from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.search import Search
 from fffsweep.sweeps.strategy import SearchTrials
 
@@ -90,10 +91,10 @@ class World:
 
 
 STOPPING = "early_stopping: {eta: 3, rungs: 2}\nseeds: {pretrain: 2}\n"
-ALL = (
-    STOPPING.replace("2}\n", "{min: 2, max: 4}}\n").replace("rungs: {min: 2, max: 4}}", "rungs: 2}")
-    + "constraints: [quality_retention >= 0.9]\n"
-)
+ALL = """early_stopping: {eta: 3, rungs: 2}
+seeds: {pretrain: {min: 2, max: 4}}
+constraints: [quality_retention >= 0.9]
+"""
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -183,3 +184,13 @@ def test_a_decision_cut_short_by_a_kill_was_never_made(tmp_path):
     assert list(Decisions(tmp_path).read()) == [{"trial": "a", "promoted": 1}]
     Decisions(tmp_path).write(trial="c", stopped="why")
     assert [each["trial"] for each in Decisions(tmp_path).read()] == ["a", "c"]
+
+
+def test_a_forecast_counts_what_may_come_and_decides_nothing(tmp_path):
+    config = World(tmp_path, ALL, "sampler=tpe", "search.num_trials=9").config
+    plans, notes = forecast(config, tmp_path / "study", lambda key: None)
+    labels = [stage.label for plan in plans for stage in plan.stages if plan.spec.stratum]
+    counts = [sum(label.startswith(start) for label in labels) for start in ("rung/0/0", "rung/0/1", "pretrain/0")]
+    assert counts == [27, 9, 3]
+    assert not (tmp_path / "study").exists()
+    assert any("9 trials for each of reference_dense, 60x0, 4x3" in note for note in notes)
