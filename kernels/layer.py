@@ -33,6 +33,11 @@ class LayerWeights:
         bias = None if self.b_in is None else self.b_in.detach().to(dtype)
         return replace(self, w_in=self.w_in.detach().to(dtype), b_in=bias, w_out=self.w_out.detach().to(dtype))
 
+    def on(self, device: str) -> LayerWeights:
+        """The same layer on `device`, detached."""
+        bias = None if self.b_in is None else self.b_in.detach().to(device)
+        return replace(self, w_in=self.w_in.detach().to(device), b_in=bias, w_out=self.w_out.detach().to(device))
+
     def copy(self) -> LayerWeights:
         """The same layer in memory of its own."""
         bias = None if self.b_in is None else self.b_in.detach().clone()

@@ -175,7 +175,7 @@ def _training_call(implementation: Implementation, weights: LayerWeights, x: Ten
         bias = None if own.b_in is None else own.b_in.requires_grad_()
         leaves.append(replace(own, w_in=own.w_in.requires_grad_(), b_in=bias, w_out=own.w_out.requires_grad_()))
     layers = cycle([(each, implementation.prepare(each)) for each in leaves])
-    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     tokens = x.clone().requires_grad_()
 
     def call() -> None:

@@ -50,13 +50,13 @@ def compile_all(layout: str, hidden: int, tokens: int, dtype: torch.dtype, arch:
 
     found: list[Compiled] = []
     weights = random_layer(parse_layout(layout), hidden, dtype=dtype)
-    layer: tuple[Any, ...] = (weights.w_in, weights.b_in, weights.w_out)
+    layer = (weights.w_in, weights.b_in, weights.w_out)
     levels = weights.shape.levels
     x = torch.zeros(tokens, hidden, dtype=dtype)
     with _caught(found, arch):
-        launch.run_walk(x, *layer, levels, 4)
-        y, logits, leaves, order, starts = launch.run_grouped(x, *layer, levels, 4, precision)
-        launch.run_backward(y, x, *layer, logits, leaves, order, starts, levels, 4, precision)
+        launch.run_walk(x, *layer, levels=levels, activation=4)
+        y, logits, leaves, order, starts = launch.run_grouped(x, *layer, levels=levels, activation=4, precision=precision)
+        launch.run_backward(y, x, *layer, logits, leaves, order, starts, levels=levels, activation=4, precision=precision)
     return found
 
 

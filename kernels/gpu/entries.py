@@ -51,14 +51,18 @@ def triton_layer(form: str | None, precision: str = "") -> Callable[[LayerWeight
 def triton_paths(form: str | None, precision: str = "") -> Callable[[LayerWeights, Tensor], Tensor]:
     """Nodes that the form visits, int64 [tokens, trees, levels]."""
 
+    @torch.no_grad()
     def paths(weights: LayerWeights, x: Tensor) -> Tensor:
         from fffsweep.kernels.gpu import launch
 
         # a layer that wants gradients is always computed in the grouped form
         chosen = form or ("grouped" if weights.w_in.requires_grad else form_of(len(x), weights.shape.trees))
-        tensors = [None if each is None else each.detach().contiguous() for each in (x, weights.w_in, weights.b_in, weights.w_out)]
-        arguments: Any = (*tensors, weights.shape.levels, ACTIVATIONS[weights.activation].code)
-        leaves = launch.run_walk(*arguments)[1] if chosen == "walk" else launch.run_grouped(*arguments, precision)[2]
+        x, w_in, b_in, w_out = operator.contiguous(x, weights.w_in, weights.b_in, weights.w_out)
+        levels, code = weights.shape.levels, ACTIVATIONS[weights.activation].code
+        if chosen == "walk":
+            leaves = launch.run_walk(x, w_in, b_in, w_out, levels, code)[1]
+        else:
+            leaves = launch.run_grouped(x, w_in, b_in, w_out, levels, code, precision)[2]
         visited = [leaves.long()]
         for _ in range(weights.shape.depth):
             visited.append((visited[-1] - 1) // 2)

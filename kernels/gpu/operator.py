@@ -38,23 +38,25 @@ def cmm(
     return inferred
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The tensors as the kernels want them."""
     return [None if each is None else each.contiguous() for each in tensors]
 
 
 def _infer(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels: int, activation: int, form: str, precision: str) -> Tensor:
     from fffsweep.kernels.gpu import launch
 
-    tensors = _contiguous(x, w_in, b_in, w_out)
+    x, w_in, b_in, w_out = contiguous(x, w_in, b_in, w_out)
     if form == "walk":
-        return launch.run_walk(*tensors, levels, activation)[0]
-    return launch.run_grouped(*tensors, levels, activation, precision)[0]
+        return launch.run_walk(x, w_in, b_in, w_out, levels, activation)[0]
+    return launch.run_grouped(x, w_in, b_in, w_out, levels, activation, precision)[0]
 
 
 def _train(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels: int, activation: int, precision: str) -> tuple[Tensor, ...]:
     from fffsweep.kernels.gpu import launch
 
-    return launch.run_grouped(*_contiguous(x, w_in, b_in, w_out), levels, activation, precision)
+    x, w_in, b_in, w_out = contiguous(x, w_in, b_in, w_out)
+    return launch.run_grouped(x, w_in, b_in, w_out, levels, activation, precision)
 
 
 def _backward(
@@ -73,8 +75,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     from fffsweep.kernels.gpu import launch
 
-    tensors = _contiguous(grad_y, x, w_in, b_in, w_out, logits, leaves, order, starts)
-    return launch.run_backward(*tensors, levels, activation, precision)
+    grad_y, x, w_in, b_in, w_out = contiguous(grad_y, x, w_in, b_in, w_out)
+    logits, leaves, order, starts = contiguous(logits, leaves, order, starts)
+    return launch.run_backward(grad_y, x, w_in, b_in, w_out, logits, leaves, order, starts, levels, activation, precision)
 
 
 def _infer_shape(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, *settings: Any) -> Tensor:
@@ -100,7 +103,7 @@ def _train_shape(
 def _backward_shape(
     grad_y: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = {"memory_format": torch.contiguous_format}
+    kept: dict[str, Any] = {"memory_format": torch.contiguous_format}
     bias = torch.empty(0, dtype=w_in.dtype, device=x.device) if b_in is None else torch.empty_like(b_in, **kept)
     return torch.empty_like(x, **kept), torch.empty_like(w_in, **kept), bias, torch.empty_like(w_out, **kept)
 

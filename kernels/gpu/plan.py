@@ -67,4 +67,4 @@ def ceil_div(value: int, by: int) -> int:
 
 def power_of_two(value: int) -> int:
     """The least power of two >= value, at least 1."""
-    return 1 << max(value - 1, 0).bit_length()
+    return int(2 ** max(value - 1, 0).bit_length())

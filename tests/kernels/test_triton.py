@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fffsweep.kernels import registry
-from fffsweep.kernels.gpu import naive, plan
+from fffsweep.kernels.gpu import bench, cases, naive, plan, timing
+from fffsweep.kernels.gpu import check as gpu_check
 from fffsweep.kernels.layer import LayerWeights, random_layer
 from fffsweep.kernels.registry import Implementation
 from fffsweep.kernels.shape import parse_layout
@@ -30,19 +32,14 @@ FORMS = ("triton_walk", "triton_grouped")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """Memory that nobody writes is NaN, or an absurd number: an output or a count that a kernel forgets cannot pass for right."""
     if DEVICE == "cpu":
         from tests.kernels import interpreted
 
         assert interpreted.triton is not None
-    make, alike = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(make(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(alike(*a, **k)))
-
-
-def _poison(tensor: Tensor) -> Tensor:
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30) if tensor.device.type == DEVICE else tensor
+    with cases.poisoned(DEVICE):
+        yield
 
 
 def tokens(count: int, hidden: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -203,3 +200,51 @@ def test_the_naive_kernel_compiles(tmp_path: Path) -> None:
     library = naive.compile_library(tmp_path, "90")
     assert library.stat().st_size > 0
     assert naive.compile_library(tmp_path, "90") == library
+
+
+def test_the_device_s_cases_are_all_there_and_the_few_pass() -> None:
+    every = list(cases.all_cases())
+    assert {case.dtype for case in every} == set(DTYPES.values())
+    assert {case.layout for case in every} >= {"1x11", "1x15", "7x0"}
+    assert {0, 1} <= {case.tokens for case in every}
+    assert cases.run(cases.Case("1x3", 17, 5, torch.float32), seed=3, device=DEVICE) == []
+
+
+def test_a_wrong_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(registry.find("triton_walk"), prepare=lambda weights: lambda x: x + 1, paths=None)
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (wrong,))
+    (line,) = cases.run(cases.Case("1x3", 17, 5, torch.float32), seed=3, device=DEVICE)
+    assert line.startswith("triton_walk Case(layout='1x3'")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="make gpu-check runs it on the device")
+def test_the_benchmark_s_rows_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the clock: gate, rows, floors, ratios and the table; times are made up."""
+    made_up = iter(range(1, 1000))
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "once", lambda call: call() is None or 1e-3)
+    monkeypatch.setattr(timing, "graphed", lambda call, repeats: call)
+    monkeypatch.setattr(timing, "interleave", lambda calls, **k: {name: timing.summarise([1e-6 * next(made_up)]) for name in calls})
+    monkeypatch.setattr(timing, "bandwidth_bytes_per_s", lambda: 1e12)
+    monkeypatch.setattr(timing, "operations_per_s", lambda kind: 1e14)
+    rows = bench.run_case("1x3", 16, 3, "float32", "forward", bench._parse(["--seed", "5"]))
+    assert [row["best"] for row in rows].count(True) == 1
+    best = next(row for row in rows if row["best"])
+    assert best["role"] == "cmm"
+    assert best["dtype"] == "float32"
+    assert best["verified"]
+    assert best["memory_floor_ns"] == pytest.approx((2 * 16 * 3 + 2 * 12 * 16) * 4 / 1e12 * 1e9 / 3)
+    assert best["times_the_floor"] == pytest.approx(best["ns_per_token"] / max(best["memory_floor_ns"], best["arithmetic_floor_ns"]))
+    assert {row["dtype"] for row in rows} == {"float32", "tf32"}
+    assert {"triton_walk", "triton_grouped", "gather", "torch_dense", "torch_dense_tf32"} <= {row["implementation"] for row in rows}
+    text = gpu_check.table(rows)
+    assert best["implementation"] in text
+    assert len(text.splitlines()) == 2
+
+
+def test_without_a_device_the_check_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    assert gpu_check.main([]) == 2
+    assert "there is no CUDA device" in capsys.readouterr().err
+    assert bench.main(["--device", "cuda"]) == 2

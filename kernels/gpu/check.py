@@ -1,0 +1,119 @@
+"""Everything about the GPU kernels that needs a GPU, in minutes: `make gpu-check`. Needs torch, numpy and Triton, and no more.
+
+Builds, holds every kernel against the reference, runs a few cases under compute-sanitizer where there is one, then times. What is wrong
+ends the check before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fffsweep.kernels.gpu import availability, bench, cases
+
+SANITIZER_S = 100
+RUNS: tuple[tuple[float, list[str]], ...] = (  # share of the time for the benchmark, and what is timed in it
+    (0.35, ["--tokens", "1,16,128,1024,16384,65536", "--dtype", "bfloat16"]),
+    (0.15, ["--tokens", "1,128,16384", "--dtype", "bfloat16", "--mode", "cold"]),
+    (0.15, ["--tokens", "128,16384", "--dtype", "float32,float16"]),
+    (0.15, ["--tokens", "16384", "--dtype", "bfloat16,float32", "--direction", "train"]),
+    (0.1, ["--tokens", "16384", "--dtype", "bfloat16", "--layout", "1x15"]),
+    (0.1, ["--tokens", "128,16384", "--dtype", "bfloat16,float32", "--slow"]),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all is right and timed, 1 if something is wrong, 2 if there is no device to check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget-s", type=float, default=440.0, help="seconds that everything together may take")
+    parser.add_argument("--few", action="store_true", help="run the few cases for a sanitizer, and nothing else")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the JSON")
+    parser.add_argument(
+        "--seed", type=int, default=time.time_ns() % (1 << 31), help="of the random inputs; by default another one each time"
+    )
+    options = parser.parse_args(argv)
+    reason = availability.no_triton() if torch.cuda.is_available() else "there is no CUDA device"
+    if reason:
+        print(f"gpu-check: {reason}: expected a CUDA device, torch, numpy and Triton", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    print(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}, seed {options.seed}")
+    print(f"naive CUDA kernel: {availability.no_cuda_compiler() or 'nvcc is there'}")
+    wrong, count, left_out = _run_cases(options, began)
+    print("\n".join(wrong) or f"{count} cases right, {left_out} left out for want of time ({time.monotonic() - began:.0f} s)")
+    if wrong or options.few:
+        return 1 if wrong else 0
+    if _sanitize(options.seed):
+        return 1
+    return _bench(options, began)
+
+
+def _run_cases(options: argparse.Namespace, began: float) -> tuple[list[str], int, int]:
+    wrong: list[str] = []
+    chosen = list(cases.few_cases() if options.few else cases.all_cases())
+    for count, case in enumerate(chosen):
+        if not options.few and time.monotonic() - began > 0.4 * options.budget_s:
+            return wrong, count, len(chosen) - count
+        wrong += cases.run(case, options.seed + count)
+    return wrong, len(chosen), 0
+
+
+def _sanitize(seed: int) -> int:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer: not on the path, not run")
+        return 0
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "fffsweep.kernels.gpu.check", "--few", "--seed", str(seed)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_S, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"compute-sanitizer: not finished after {SANITIZER_S} s, nothing said")
+        return 0
+    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "right" in line]
+    print("compute-sanitizer: " + ("clean: " + "; ".join(summary) if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]))
+    return done.returncode
+
+
+def _bench(options: argparse.Namespace, began: float) -> int:
+    left, status, rows, results = options.budget_s - (time.monotonic() - began), 0, [], []
+    for share, arguments in RUNS:
+        part = options.results / ".gpu_part.json"
+        status |= bench.main([*arguments, "--budget-s", str(max(10.0, share * left)), "--json", str(part), "--seed", str(options.seed)])
+        results.append(json.loads(part.read_text()))
+        rows += results[-1]["rows"]
+        part.unlink()
+    provenance: dict[str, Any] = results[0]["provenance"] | {"command": "make gpu-check", "seed": options.seed}
+    device = re.sub(r"[^a-z0-9]+", "_", str(provenance["gpu"]).lower()).strip("_")
+    target = options.results / f"cmm_gpu_{device}_{datetime.datetime.now(datetime.UTC).date()}.json"
+    left_out = [case for each in results for case in each["left_out"]]
+    target.write_text(json.dumps({"schema": bench.SCHEMA, "provenance": provenance, "left_out": left_out, "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+    print(f"written: {target} ({time.monotonic() - began:.0f} s)")
+    return status
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The best CMM of each case beside the best dense form: nanoseconds a token, ratio, distance to the floor."""
+    case = f"{'layout':7}{'tokens':>7} {'dtype':9}{'mode':5}{'direction':10}"
+    lines = [f"{case}{'CMM':16}{'ns/token':>10}{'x dense':>9}  {'dense':20}{'x floor':>8}"]
+    for row in (row for row in rows if row["best"]):
+        ratio = "-" if row["speedup_vs_best_dense"] is None else f"{row['speedup_vs_best_dense']:.2f}"
+        lines.append(
+            f"{row['layout']:7}{row['tokens']:7} {row['dtype']:9}{row['mode']:5}{row['direction']:10}{row['implementation']:16}"
+            f"{row['ns_per_token']:10.2f}{ratio:>9}  {row['best_dense'] or '-':20}{row['times_the_floor']:8.1f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Timing on a CUDA device: events around replays of a CUDA graph or around plain launches, alternating, with the caches emptied between."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from fffsweep.kernels.timing import Series, summarise
+
+FLUSH_BYTES = 256 << 20  # several times any second-level cache
+Call = Callable[[], object]
+
+
+def graphed(call: Call, repeats: int) -> Call:
+    """A call that replays `repeats` of `call` as one CUDA graph: what is left is the device's time. Raises RuntimeError if it cannot."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm up beside the capture: compilation and lazy initialisation may not be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay
+
+
+def interleave(calls: dict[str, tuple[Call, int]], *, min_time_s: float, flush: bool, min_rounds: int = 7) -> dict[str, Series]:
+    """Seconds a call, of calls that each do their work so many times; alternating rounds, `flush` overwrites the caches before each."""
+    scratch = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device="cuda")
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin, rounds, order = time.perf_counter(), 0, list(calls)
+    while rounds < min_rounds or time.perf_counter() - begin < min_time_s:
+        for name in order:
+            call, repeats = calls[name]
+            if flush:
+                scratch.zero_()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            call()
+            last.record()
+            last.synchronize()
+            samples[name].append(first.elapsed_time(last) / 1e3 / repeats)
+        order.reverse()
+        rounds += 1
+    return {name: summarise(each) for name, each in samples.items()}
+
+
+def once(call: Call) -> float:
+    """Seconds of the second call of two: enough to see what is worth more samples."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+@functools.cache
+def bandwidth_bytes_per_s() -> float:
+    """What a copy of half a gibibyte moves, read and written: the memory's floor, measured and not looked up."""
+    source = torch.zeros(1 << 29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    series = interleave({"copy": (lambda: target.copy_(source), 1)}, min_time_s=0.1, flush=False)
+    return 2 * source.numel() / series["copy"].q20_s
+
+
+@functools.cache
+def operations_per_s(kind: str) -> float:
+    """What a large matrix product of this kind reaches, two operations a multiply-add: float32, tf32, bfloat16 or float16."""
+    dtype = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[kind]
+    size = 8192 if dtype != torch.float32 else 4096
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        series = interleave({"product": (lambda: a @ b, 1)}, min_time_s=0.1, flush=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * size**3 / series["product"].q20_s
