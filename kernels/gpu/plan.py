@@ -22,7 +22,7 @@ class Group:
     @property
     def nodes(self) -> int:
         """Width of a tile: the subtree's nodes, padded to what a product takes."""
-        return max(16, 2**self.levels)
+        return max(16, 1 << self.levels)
 
     @property
     def ancestors(self) -> int:
