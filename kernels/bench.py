@@ -19,6 +19,7 @@ from fffsweep.kernels.measure import DTYPES, draw, gate, layer_call
 from fffsweep.kernels.shape import TreeShape, parse_layout
 
 SCHEMA = 1
+KINDS = DTYPES | {"int8": torch.float32}  # names of dtypes by the dtype of the tokens
 DENSE_TOKENS = 1024  # a dense layer's time a token changes little beyond, so longer batches are not timed for it
 SLOW_TOKENS = 128  # beyond this the naive forms are left out: they would take most of the time and tell nothing new
 GPT3_WIDTH = 49_152  # feedforward neurons of GPT-3, which 1x15 is held against
@@ -106,7 +107,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=several, default=["768"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own: --device cuda --help")
     parser.add_argument("--tokens", type=several, default=["1", "16", "128", "1024", "16384"])
-    parser.add_argument("--dtype", type=several, default=["float32"], help=f"of {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dtype", type=several, default=["float32"], help=f"of {', '.join(KINDS)}; int8 is that of the weights, x is float32"
+    )
     parser.add_argument("--threads", type=several, default=["1"])
     parser.add_argument("--mode", type=several, default=["hot"], help="hot: one copy of the weights; cold: cycling those of 12 layers")
     parser.add_argument("--direction", type=several, default=["forward"], help="forward, train (forward and backward)")
@@ -124,7 +127,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for name, values, allowed in (
-        ("dtype", options.dtype, tuple(DTYPES)),
+        ("dtype", options.dtype, tuple(KINDS)),
         ("mode", options.mode, ("hot", "cold")),
         ("direction", options.direction, ("forward", "train")),
     ):
@@ -154,14 +157,14 @@ def run_case(
     case: Case, saved: Tensor | None = None, *, min_time_s: float = 1.0, seed: int = 0, compiled: bool = False
 ) -> list[dict[str, Any]]:
     """Rows of one case, one for each implementation of the layout and of the dense layer, in the dtype and in float32 for the dense."""
-    dtype = DTYPES[case.dtype]
     weights = random_layer(case.shape, case.hidden, seed=seed)
-    dense = random_layer(TreeShape(case.dense_width, 0), case.hidden, seed=seed + 1)
-    source = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(seed)) if saved is None else saved
+    # seeds of their own: rows drawn from one stream would be tokens
+    dense = random_layer(TreeShape(case.dense_width, 0), case.hidden, seed=seed + 2)
+    source = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(seed + 3)) if saved is None else saved
     x, x_dense = (draw(source, weights, count, seed) for count in (case.tokens, min(case.tokens, DENSE_TOKENS)))
     with timing.pinned(case.threads):
-        timed = _gated(case, "cmm", weights, x, dtype, seed, slow=case.tokens <= SLOW_TOKENS)
-        for each in {dtype, torch.float32}:
+        timed = _gated(case, "cmm", weights, x, case.dtype, seed, slow=case.tokens <= SLOW_TOKENS)
+        for each in sorted({case.dtype, "float32"}):
             timed |= _gated(case, "dense", dense, x_dense, each, seed, slow=compiled)
         calls = {name: entry["call"] for name, entry in timed.items() if entry["verdict"].verified}
         fast = [name for role in ("cmm", "dense") for name in _fast({n: c for n, c in calls.items() if timed[n]["role"] == role})]
@@ -176,17 +179,14 @@ def _fast(calls: dict[str, Any]) -> list[str]:
     return timing.shortlist(calls, within=20.0)[0] if calls else []
 
 
-def _gated(
-    case: Case, role: str, weights: LayerWeights, x: Tensor, dtype: torch.dtype, seed: int, *, slow: bool
-) -> dict[str, dict[str, Any]]:
-    backward = case.direction == "train"
+def _gated(case: Case, role: str, weights: LayerWeights, x: Tensor, kind: str, seed: int, *, slow: bool) -> dict[str, dict[str, Any]]:
+    backward, dtype = case.direction == "train", KINDS[kind]
     rounded, tokens = weights.to(dtype), x.to(dtype)
     entries = {}
     for implementation, verdict in gate(weights, x, dtype, backward=backward, seed=seed, slow=slow):
-        if implementation.role != role or (implementation.bits8 and dtype != torch.float32):
+        if implementation.role != role or implementation.bits8 != (kind == "int8"):
             continue
         call = layer_call(implementation, rounded, tokens, mode=case.mode, direction=case.direction)
-        kind = "int8" if implementation.bits8 else str(dtype).removeprefix("torch.")
         entries[f"{implementation.name}/{kind}"] = {
             "role": role,
             "call": call,

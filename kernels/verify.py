@@ -34,28 +34,35 @@ def verify(
     """Hold `implementation` against the reference on x [tokens, hidden], whose dtype is the weights'.
 
     A path may leave the reference's only where the logit is within rounding of zero; outputs, and gradients if `backward`, are
-    then compared along the implementation's own paths. Tolerance: reduction length x epsilon x sum of absolute terms, plus the
-    rounding of activations and outputs to the dtype. `path_flips` counts against `exact` weights (before their rounding), if given.
+    then compared along the implementation's own paths; the reference of one that rounds weights to 8 bits takes the rounded ones.
+    Tolerance: reduction length x epsilon x sum of absolute terms, plus the
+    rounding of activations and outputs to the dtype. `path_flips` counts against `exact` weights (before any rounding), if given.
     """
     if backward:
         leaves = [each.detach().clone().requires_grad_() for each in (x, weights.w_in, weights.w_out)]
         bias = None if weights.b_in is None else weights.b_in.detach().clone().requires_grad_()
         weights, x = replace(weights, w_in=leaves[1], b_in=bias, w_out=leaves[2]), leaves[0]
     y = implementation.prepare(weights)(x)
+    rounded = None if implementation.rounds is None else implementation.rounds(weights)
     if y.shape != x.shape or y.dtype != x.dtype:
         return Verdict(False, 0, float("inf"), f"output is {y.dtype} {list(y.shape)}, expected {x.dtype} {list(x.shape)}")
     stored = max(float(torch.finfo(weights.w_in.dtype).eps), TF32_EPSILON if implementation.tf32 else 0.0)
     own = implementation.paths(weights, x) if implementation.paths else None
+    if rounded is not None:
+        weights, exact = rounded.dequantised(), weights if exact is None else exact
     expected = reference.forward(weights, x)
     paths = expected.paths if own is None else own.cpu().numpy()
     flips = int((paths != (expected.paths if exact is None else reference.forward(exact, x).paths)).any(axis=(1, 2)).sum())
     if (paths != expected.paths).any():
-        unsound = _unsound_flips(paths, expected, weights, stored)
+        token_error = None if rounded is None else rounded.token_error(x).numpy()
+        unsound = _unsound_flips(paths, expected, weights, stored, token_error)
         if unsound:
             return Verdict(False, flips, float("inf"), f"{unsound} paths leave the reference's at logits that are not within rounding of 0")
         expected = reference.forward(weights, x, torch.from_numpy(paths))
     error, tolerance = np.abs(y.detach().cpu().double().numpy() - expected.y), output_tolerance(weights, expected, stored)
-    if implementation.bits8:
+    if rounded is not None:
+        tolerance = tolerance + _token_rounding(weights, expected, rounded.token_error(x).numpy())
+    elif implementation.bits8:
         tolerance = tolerance + quantisation_tolerance(weights, x, expected)
     worst, reason = _worst("output", error, tolerance)
     if backward and reason is None:
@@ -96,10 +103,28 @@ def _sum_epsilon(weights: LayerWeights) -> float:
     return min(float(torch.finfo(weights.w_in.dtype).eps), float(torch.finfo(torch.float32).eps))
 
 
-def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights, stored: float) -> int:
+def _logit_rounding(weights: LayerWeights, done: reference.Forward, token_error: Array) -> Array:
+    """How far logits [tokens, trees, levels] may move when each element of a token moves by its `token_error` [tokens]."""
+    sums = np.abs(weights.w_in.double().numpy()).sum(axis=2)
+    return np.asarray(token_error[:, None, None] * sums[np.arange(weights.shape.trees)[None, :, None], done.paths])
+
+
+def _token_rounding(weights: LayerWeights, done: reference.Forward, token_error: Array) -> Array:
+    """The same for outputs [tokens, hidden]."""
+    rows = np.abs(weights.w_out.double().numpy())
+    moved = SLOPE_BOUND * _logit_rounding(weights, done, token_error)
+    trees = np.arange(weights.shape.trees)[:, None]
+    return np.asarray([np.einsum("tl,tlh->h", each, rows[trees, path]) for each, path in zip(moved, done.paths, strict=True)]).reshape(
+        done.y.shape
+    )
+
+
+def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights, stored: float, token_error: Array | None) -> int:
     """Paths that part from the reference where its logit lies further from zero than rounding explains."""
     epsilon = _sum_epsilon(weights)
     slack = (epsilon * (weights.hidden + 8) + (4 * stored if stored > epsilon else 0.0)) * expected.logit_terms
+    if token_error is not None:
+        slack = slack + _logit_rounding(weights, expected, token_error)
     count = 0
     for token, tree in np.argwhere((paths != expected.paths).any(axis=2)):
         level = int(np.argmax(paths[token, tree] != expected.paths[token, tree])) - 1

@@ -74,6 +74,7 @@ struct TreePass {
       const int32_t token = memory.order[piece.begin + i];
       tile.token[i] = token;
       tile.x[i] = x_row(token);
+      if (call->x_scale) tile.x_scale[i] = call->x_scale[first + token];
       tile.logits[i] = memory.logits + (int64_t)token * PassMemory::stride(tree.levels);
     }
   }

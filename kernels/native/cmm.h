@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-enum cmm_dtype { CMM_F32 = 0, CMM_BF16 = 1 };
+enum cmm_dtype { CMM_F32 = 0, CMM_BF16 = 1, CMM_I8 = 2 };
 enum cmm_isa { CMM_GENERIC = 0, CMM_AVX2 = 1, CMM_AVX512 = 2, CMM_AVX512_BF16 = 3, CMM_NUM_ISA = 4 };
 
 typedef struct cmm_layer {
@@ -18,8 +18,9 @@ typedef struct cmm_layer {
   int64_t hidden, nodes;
   int32_t trees, levels;
   int32_t activation;  // code of fffsweep.kernels.activations
-  int32_t w_dtype;     // of w_in, b_in and w_out
+  int32_t w_dtype;     // of w_in, b_in and w_out; with CMM_I8, which has no backward pass, b_in is float32
   int32_t x_dtype;     // of x, y and their gradients
+  const float *scale_in, *scale_out;  // [trees, nodes], with CMM_I8: a row of w_in is scale_in times its integers
 } cmm_layer;
 
 // Runs task(context, i) for every i in [0, tasks), in any order, on any threads, and returns when all are done.
@@ -36,6 +37,7 @@ typedef struct cmm_forward_call {
   void* scratch;    // cmm_forward_scratch bytes, aligned to 64
   int32_t threads;
   cmm_parallel parallel;
+  const float* x_scale;  // null: the kernels for 8-bit weights set it for themselves, when they have rounded x
 } cmm_forward_call;
 
 typedef struct cmm_backward_call {

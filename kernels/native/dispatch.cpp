@@ -21,7 +21,10 @@ const cmm_kernels* cmm_kernels_of(int32_t isa) {
                  ? &cmm_kernels_avx512
                  : nullptr;
     case CMM_AVX512_BF16:
-      return cmm_kernels_of(CMM_AVX512) && __builtin_cpu_supports("avx512bf16") ? &cmm_kernels_avx512_bf16 : nullptr;
+      // every processor with the first has the second: integer products for 8-bit weights
+      return cmm_kernels_of(CMM_AVX512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")
+                 ? &cmm_kernels_avx512_bf16
+                 : nullptr;
 #endif
     default:
       return nullptr;

@@ -20,7 +20,11 @@ CMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <class X, class W>
 struct Step {
   static constexpr int kStep = kLanes;
+  static constexpr bool kHold = true;
   typedef vf in;
+  typedef vf total;
+  static CMM_INLINE total none() { return zero(); }
+  static CMM_INLINE vf to_float(total a) { return a; }
   static CMM_INLINE in load_x(const typename X::type* p) { return X::load(p); }
   static CMM_INLINE in load_w(const typename W::type* p) { return W::load(p); }
   static CMM_INLINE in part_x(const typename X::type* p, int n) { return X::load_part(p, n); }
@@ -33,7 +37,11 @@ struct Step {
 template <>
 struct Step<BF16, BF16> {
   static constexpr int kStep = 32;
+  static constexpr bool kHold = true;
   typedef __m512i in;
+  typedef vf total;
+  static CMM_INLINE total none() { return zero(); }
+  static CMM_INLINE vf to_float(total a) { return a; }
   static CMM_INLINE in load_x(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static CMM_INLINE in load_w(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static CMM_INLINE in part_x(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, p); }
@@ -79,8 +87,8 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
   const char* later[kAheadRows];
   CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) later[r] = ahead[r];
   constexpr int kLineStep = S::kStep * sizeof(typename X::type) < 64 ? 64 / (S::kStep * sizeof(typename X::type)) : 1;
-  vf sums[kNodes * T];
-  CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) sums[i] = zero();
+  typename S::total sums[kNodes * T];
+  CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) sums[i] = S::none();
   int64_t i = 0;
   for (; i + S::kStep * kLineStep <= hidden; i += S::kStep * kLineStep) {
     CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch(later[r] + i * sizeof(typename X::type));
@@ -90,8 +98,7 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
       CMM_UNROLL for (int n = 0; n < kNodes; ++n) row[n] = S::load_w(w[n] + at);
       CMM_UNROLL for (int t = 0; t < T; ++t) {
         typename S::in token = S::load_x(rows[t] + at);
-        if (kNodes > 1) hold(token);
-        
+        if (kNodes > 1 && S::kHold) hold(token);
         CMM_UNROLL for (int n = 0; n < kNodes; ++n) sums[n * T + t] = S::add(sums[n * T + t], token, row[n]);
       }
     }
@@ -103,7 +110,9 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
       CMM_UNROLL for (int n = 0; n < kNodes; ++n) sums[n * T + t] = S::add(sums[n * T + t], token, S::part_w(w[n] + i, left));
     }
   }
-  reduce(sums, logits);
+  vf found[kNodes * T];
+  CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) found[i] = S::to_float(sums[i]);
+  reduce(found, logits);
 }
 
 }  // namespace CMM_ISA

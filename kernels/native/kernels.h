@@ -9,9 +9,10 @@ namespace CMM_ISA {
 constexpr int64_t kFewTokens = 2;         // below this a token walks alone
 constexpr int64_t kPassTokens = 1 << 16;  // of one pass, which bounds its memory
 
-template <class X, class W>
+// X, Y and W: element types of tokens, outputs and weights.
+template <class X, class Y, class W>
 struct Kernels {
-  typedef typename X::type Element;
+  typedef typename Y::type Element;
 
   static size_t token_bytes(const cmm_layer& layer) { return (size_t)round_up((int64_t)TokenBuffers<W>::bytes(layer), 64); }
 
@@ -34,7 +35,7 @@ struct Kernels {
   static void forward(const cmm_forward_call* call) {
     if (call->tokens < kFewTokens) {
       TokenBuffers<W> memory(call->layer, call->scratch);
-      for (int64_t t = 0; t < call->tokens; ++t) forward_token<X, W>(call, t, memory);
+      for (int64_t t = 0; t < call->tokens; ++t) forward_token<X, Y, W>(call, t, memory);
     } else if (call->layer.trees == 1) {
       one_tree(call);
     } else {
@@ -47,7 +48,7 @@ struct Kernels {
     const bool stream = call->tokens * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)call->y % 64 == 0;
     for (int64_t first = 0; first < call->tokens; first += kPassTokens) {
       const int64_t tokens = call->tokens - first < kPassTokens ? call->tokens - first : kPassTokens;
-      TreePass<X, X, W> pass(call, 0, first, tokens, (Element*)call->y + first * hidden, call->scratch);
+      TreePass<X, Y, W> pass(call, 0, first, tokens, (Element*)call->y + first * hidden, call->scratch);
       if (stream)
         pass.template run<kStream>(call->parallel, call->threads);
       else
@@ -97,10 +98,10 @@ struct Kernels {
     }
   }
 
-  template <class Y, bool kStreamed>
-  static void backward_trees(const cmm_backward_call* call, const BackwardMemory& memory, typename Y::type* grad_x) {
+  template <class G, bool kStreamed>
+  static void backward_trees(const cmm_backward_call* call, const BackwardMemory& memory, typename G::type* grad_x) {
     for (int32_t tree = 0; tree < call->layer.trees; ++tree) {
-      TreeBackward<X, Y, W> pass(call, tree, memory, grad_x);
+      TreeBackward<X, G, W> pass(call, tree, memory, grad_x);
       if (tree)
         pass.template run<kAdd>();
       else
@@ -112,16 +113,24 @@ struct Kernels {
 // Calls f with the kernels for the element types of the layer.
 template <class F>
 CMM_INLINE auto with_types(const cmm_layer& layer, F f) {
-  if (layer.w_dtype == CMM_F32) return f(Kernels<F32, F32>());
-  if (layer.x_dtype == CMM_F32) return f(Kernels<F32, BF16>());
-  return f(Kernels<BF16, BF16>());
+  if (layer.w_dtype == CMM_F32) return f(Kernels<F32, F32, F32>());
+  if (layer.x_dtype == CMM_F32) return f(Kernels<F32, F32, BF16>());
+  return f(Kernels<BF16, BF16, BF16>());
+}
+
+// The same, and those for 8-bit weights, which have no backward pass.
+template <class F>
+CMM_INLINE auto with_forward_types(const cmm_layer& layer, F f) {
+  if (layer.w_dtype != CMM_I8) return with_types(layer, f);
+  if (layer.x_dtype == CMM_F32) return f(Int8Kernels<F32, Kernels<I16, F32, I8>, kPassTokens>());
+  return f(Int8Kernels<BF16, Kernels<I16, BF16, I8>, kPassTokens>());
 }
 
 size_t forward_scratch(const cmm_forward_call* call) {
-  return with_types(call->layer, [&](auto k) { return k.forward_scratch(call); });
+  return with_forward_types(call->layer, [&](auto k) { return k.forward_scratch(call); });
 }
 void forward(const cmm_forward_call* call) {
-  with_types(call->layer, [&](auto k) { k.forward(call); });
+  with_forward_types(call->layer, [&](auto k) { k.forward(call); });
 }
 size_t backward_scratch(const cmm_backward_call* call) {
   return with_types(call->layer, [&](auto k) { return k.backward_scratch(call); });

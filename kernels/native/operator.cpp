@@ -1,44 +1,12 @@
 // Operators over the C ABI: fffsweep::cmm (inference), cmm_train (keeps logits and leaves) and cmm_backward, with shapes for
 // tracing and with autograd. Arguments are checked here for memory safety; fffsweep.kernels.cmm gives the friendly messages.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
-#include "cmm.h"
-#include "output_pool.h"
+#include "operator.h"
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Scratch that grows and stays with its thread, so that a call allocates nothing but its output.
-void* scratch_of(size_t bytes) {
-  thread_local struct Scratch {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(memory); }
-  } scratch;
-  if (bytes > scratch.size) {
-    free(scratch.memory);
-    scratch.size = (bytes + 4095) / 4096 * 4096;
-    scratch.memory = aligned_alloc(4096, scratch.size);
-    TORCH_CHECK(scratch.memory, "cmm: out of memory for ", scratch.size, " bytes of scratch");
-  }
-  return scratch.memory;
-}
-
-void run_parallel(int64_t tasks, cmm_task task, void* context) {
-  if (tasks == 1) return task(context, 0);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(context, i);
-  });
-}
-
-int32_t threads_now() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-int32_t dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16 ? CMM_BF16 : CMM_F32; }
+using namespace cmm_operator;
 
 void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && w_in.dim() == 3, "cmm: expected x [..., hidden] and w_in [trees, nodes, hidden]");
@@ -56,30 +24,15 @@ void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, cons
                       "cmm: expected b_in [trees, nodes] of the dtype and device of w_in");
 }
 
-const cmm_kernels* kernels_of(int64_t isa) {
-  static const int32_t best = cmm_best_isa();
-  const cmm_kernels* kernels = cmm_kernels_of(isa < 0 ? best : (int32_t)isa);
-  TORCH_CHECK_VALUE(kernels, "cmm: this processor or this build has no instruction set ", isa);
-  return kernels;
-}
-
-cmm_layer layer_of(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
-                   int64_t activation) {
-  return {w_in.const_data_ptr(), b_in ? b_in->const_data_ptr() : nullptr, w_out.const_data_ptr(), w_in.size(2), w_in.size(1),
-          (int32_t)w_in.size(0), (int32_t)levels, (int32_t)activation, dtype_of(w_in), dtype_of(x)};
-}
-
 // Hidden size 0 and no tokens leave nothing to do.
 void forward_into(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
                   int64_t activation, int64_t isa, const Tensor& y, float* logits, int32_t* leaves) {
   if (x.numel() == 0) return;
   auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous();
   OptionalTensor bias = b_in ? OptionalTensor(b_in->contiguous()) : b_in;
-  cmm_forward_call call{layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), y.mutable_data_ptr(),
-                        x.numel() / x.size(-1), logits, leaves, nullptr, threads_now(), run_parallel};
-  const cmm_kernels* kernels = kernels_of(isa);
-  call.scratch = scratch_of(kernels->forward_scratch(&call));
-  kernels->forward(&call);
+  run_forward({layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), y.mutable_data_ptr(),
+               x.numel() / x.size(-1), logits, leaves, nullptr, threads_now(), run_parallel, nullptr},
+              isa);
 }
 
 Tensor cmm(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels, int64_t activation,

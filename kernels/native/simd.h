@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -49,6 +49,8 @@ CMM_INLINE float sum(vf a) {
 // Element types: how rows in memory become vectors of floats and back. `part` handles the n < kLanes elements at a row's end.
 struct F32 {
   typedef float type;
+  typedef F32 Bias;                       // element type of the biases beside such rows
+  static constexpr bool kScaled = false;  // whether a row has a scale of its own
   static CMM_INLINE float scalar(float a) { return a; }
   static CMM_INLINE vf load(const float* p) { return *(const vf_any*)p; }
   static CMM_INLINE void store(float* p, vf a) { *(vf_any*)p = a; }
@@ -67,6 +69,8 @@ struct F32 {
 
 struct BF16 {
   typedef uint16_t type;
+  typedef BF16 Bias;
+  static constexpr bool kScaled = false;
   static CMM_INLINE float scalar(uint16_t a) {
     uint32_t wide = (uint32_t)a << 16;
     float out;

@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "cmm.h"
 #include "combine.h"
+#include "int8.h"
 
 namespace CMM_ISA {
 
@@ -12,16 +13,25 @@ constexpr int kMaxLevels = 31;
 // Weights of one tree.
 template <class W>
 struct Tree {
-  const typename W::type *w_in, *b_in, *w_out;
+  const typename W::type *w_in, *w_out;
+  const typename W::Bias::type* b_in;
+  const float *scale_in, *scale_out;
   int64_t hidden;
   int levels;
   Tree(const cmm_layer& layer, int32_t tree)
       : w_in((const typename W::type*)layer.w_in + (int64_t)tree * layer.nodes * layer.hidden),
-        b_in(layer.b_in ? (const typename W::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr),
         w_out((const typename W::type*)layer.w_out + (int64_t)tree * layer.nodes * layer.hidden),
+        b_in(layer.b_in ? (const typename W::Bias::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr),
+        scale_in(W::kScaled ? layer.scale_in + (int64_t)tree * layer.nodes : nullptr),
+        scale_out(W::kScaled ? layer.scale_out + (int64_t)tree * layer.nodes : nullptr),
         hidden(layer.hidden),
         levels(layer.levels) {}
-  float bias(int64_t node) const { return b_in ? W::scalar(b_in[node]) : 0.0f; }
+  float bias(int64_t node) const { return b_in ? W::Bias::scalar(b_in[node]) : 0.0f; }
+  // Logit of a dot product `found` of row `node` with a token of scale `x_scale`.
+  CMM_INLINE float logit(float found, int64_t node, float bias, float x_scale) const {
+    if constexpr (W::kScaled) return found * (scale_in[node] * x_scale) + bias;
+    return found + bias;
+  }
 };
 
 // Rows to bring into the cache while this tile is computed: those of the next one.
@@ -46,6 +56,7 @@ struct Tile {
   int size = 0, num_groups = 0;
   const typename X::type* x[kTile];
   int32_t token[kTile];
+  float x_scale[kTile];   // where weights are scaled
   float* logits[kTile];  // row of each token, as long as its levels
   uint8_t order[kTile], key[kTile];
   Group groups[kTile];
@@ -110,10 +121,11 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       for (int t = 0; t < count; ++t) {
         const int token = tile.order[at + t];
         float* logits = tile.logits[token] + level;
-        logits[0] = found[t] + bias[0];
+        const float x_scale = W::kScaled ? tile.x_scale[token] : 1.0f;
+        logits[0] = tree.logit(found[t], node, bias[0], x_scale);
         int key = logits[0] > 0.0f;
         if (kPass == 2) {
-          logits[1] = found[count * (1 + key) + t] + bias[1 + key];
+          logits[1] = tree.logit(found[count * (1 + key) + t], left + key, bias[1 + key], x_scale);
           if (!final) key = 2 * key + (logits[1] > 0.0f);
         } else if (final) {
           key = 0;
@@ -161,10 +173,10 @@ __attribute__((noinline)) void combine_of(const float* const* weights, const typ
   Combine<T, kHow, Y, W>::run(weights, rows, levels, y, hidden, ahead);
 }
 
-// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, stride].
+// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, stride],
+// which scales of rows are multiplied into.
 template <Store kHow, class X, class Y, class W>
-void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, int stride,
-             typename Y::type* const* y, Ahead& ahead) {
+void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, int stride, typename Y::type* const* y, Ahead& ahead) {
 #if defined(__AVX512BF16__)
   constexpr bool kPairs = sizeof(typename Y::type) == 2 && sizeof(typename W::type) == 2 && kHow != kAdd;
   const int pairs = (tree.levels + 1) / 2;
@@ -187,7 +199,11 @@ void combine(Tile<X>& tile, const Tree<W>& tree, const float* hidden, int stride
     const Group group = tile.groups[g];
     const typename W::type* rows[kMaxLevels];
     int64_t node = group.node;
-    for (int level = tree.levels - 1; level >= 0; --level, node = (node - 1) / 2) rows[level] = tree.w_out + node * tree.hidden;
+    for (int level = tree.levels - 1; level >= 0; --level, node = (node - 1) / 2) {
+      rows[level] = tree.w_out + node * tree.hidden;
+      if constexpr (W::kScaled)
+        for (int i = group.begin; i < group.end; ++i) hidden[tile.order[i] * stride + level] *= tree.scale_out[node];
+    }
     for (int at = group.begin; at < group.end; at += kBlock) {
       const int count = group.end - at < kBlock ? group.end - at : kBlock;
       typename Y::type* out[kBlock];

@@ -2,6 +2,7 @@
 #pragma once
 #include "activation.h"
 #include "cmm.h"
+#include "int8.h"
 
 namespace CMM_ISA {
 
@@ -9,6 +10,7 @@ CMM_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / u
 
 template <class X, class W>
 CMM_INLINE float dot(const typename X::type* x, const typename W::type* w, int64_t hidden) {
+  if constexpr (W::kScaled) return integer_dot(x, w, hidden);
   // FMA latency is 4 cycles at one or two a cycle: four to eight sums in flight
   vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
   int64_t i = 0;
@@ -62,7 +64,7 @@ struct TokenBuffers {
   }
 };
 
-template <class X, class W>
+template <class X, class Y, class W>
 void forward_token(const cmm_forward_call* call, int64_t token, const TokenBuffers<W>& buffers) {
   const cmm_layer& layer = call->layer;
   const int64_t hidden = layer.hidden, active = (int64_t)layer.trees * layer.levels;
@@ -70,19 +72,24 @@ void forward_token(const cmm_forward_call* call, int64_t token, const TokenBuffe
   for (int32_t tree = 0, at = 0; tree < layer.trees; ++tree) {
     const auto* w_in = (const typename W::type*)layer.w_in + (int64_t)tree * layer.nodes * hidden;
     const auto* w_out = (const typename W::type*)layer.w_out + (int64_t)tree * layer.nodes * hidden;
-    const auto* b_in = layer.b_in ? (const typename W::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr;
+    const auto* b_in = layer.b_in ? (const typename W::Bias::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr;
     int64_t node = 0;
     for (int32_t level = 0; level < layer.levels; ++level, ++at) {
-      float logit = dot<X, W>(x, w_in + node * hidden, hidden) + (b_in ? W::scalar(b_in[node]) : 0.0f);
+      float logit = dot<X, W>(x, w_in + node * hidden, hidden);
+      if constexpr (W::kScaled) logit *= layer.scale_in[(int64_t)tree * layer.nodes + node] * call->x_scale[token];
+      if (b_in) logit += W::Bias::scalar(b_in[node]);
       buffers.logits[at] = logit;
       buffers.rows[at] = w_out + node * hidden;
+      if constexpr (W::kScaled) buffers.slope[at] = layer.scale_out[(int64_t)tree * layer.nodes + node];
       if (level + 1 == layer.levels && call->leaves) call->leaves[token * layer.trees + tree] = (int32_t)node;
       node = 2 * node + 1 + (logit > 0.0f);
     }
   }
   if (call->logits) memcpy(call->logits + token * active, buffers.logits, active * sizeof(float));
   activate(layer.activation, buffers.logits, buffers.hidden, nullptr, active);
-  combine_rows<X, W>(buffers.hidden, buffers.rows, active, (typename X::type*)call->y + token * hidden, hidden);
+  if constexpr (W::kScaled)
+    for (int64_t k = 0; k < active; ++k) buffers.hidden[k] *= buffers.slope[k];
+  combine_rows<Y, W>(buffers.hidden, buffers.rows, active, (typename Y::type*)call->y + token * hidden, hidden);
 }
 
 // out += a * row

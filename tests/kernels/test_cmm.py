@@ -50,7 +50,8 @@ def test_implementation_forces_one(name: str) -> None:
     if registry.find(name).unavailable():
         pytest.skip("not available")
     expected = cmm(*arguments(), implementation="reference")
-    torch.testing.assert_close(cmm(*arguments(), implementation=name), expected)
+    slack = {"atol": 0.05, "rtol": 0.05} if registry.find(name).bits8 else {}
+    torch.testing.assert_close(cmm(*arguments(), implementation=name), expected, **slack)
 
 
 @native
@@ -80,7 +81,7 @@ def test_nan_and_infinity(value: float) -> None:
     x[7, 3], x[39, 0] = value, value
     expected = cmm(x, *rest, implementation="gather")
     for each in registry.IMPLEMENTATIONS:
-        if each.role == "cmm" and "cpu" in each.devices and each.unavailable() is None and torch.float32 in each.dtypes:
+        if each.role == "cmm" and "cpu" in each.devices and each.unavailable() is None and torch.float32 in each.dtypes and not each.bits8:
             y = cmm(x, *rest, implementation=each.name)
             clean = [i for i in range(40) if i not in (7, 39)]
             torch.testing.assert_close(y[clean], expected[clean])

@@ -76,8 +76,8 @@ void run(const cmm_kernels* kernels, int32_t x_dtype, int32_t w_dtype, int trees
   std::vector<float> logits(tokens * active), grad_in(width * hidden, NAN), grad_out(width * hidden, NAN), grad_bias(width, NAN);
   std::vector<int32_t> leaves(tokens * trees);
   const int32_t relu = 1;
-  cmm_layer layer{w_in.data(), bias ? b_in.data() : nullptr, w_out.data(), hidden, nodes, trees, levels, relu, w_dtype, x_dtype};
-  cmm_forward_call forward{layer, x.data(), y.data(), tokens, logits.data(), leaves.data(), nullptr, threads, threads > 1 ? threaded : serial};
+  cmm_layer layer{w_in.data(), bias ? b_in.data() : nullptr, w_out.data(), hidden, nodes, trees, levels, relu, w_dtype, x_dtype, nullptr, nullptr};
+  cmm_forward_call forward{layer, x.data(), y.data(), tokens, logits.data(), leaves.data(), nullptr, threads, threads > 1 ? threaded : serial, nullptr};
   Scratch scratch(kernels->forward_scratch(&forward));
   forward.scratch = scratch.data();
   kernels->forward(&forward);
@@ -120,6 +120,48 @@ void run(const cmm_kernels* kernels, int32_t x_dtype, int32_t w_dtype, int trees
   if (fabs(total - expected) > 1e-3 * (1 + tokens * active * sqrt((double)hidden))) fail("sum of the gradient of w_out", total, expected);
 }
 
+// The same forward pass with weights of 8 bits, against a loop over the integers times their scales.
+void run_int8(const cmm_kernels* kernels, int32_t x_dtype, int trees, int levels, int64_t hidden, int64_t tokens, bool bias, int threads) {
+  std::mt19937 random(2);
+  const int64_t nodes = (int64_t(1) << levels) - 1, width = trees * nodes, active = trees * levels;
+  Array x(x_dtype, tokens * hidden, random, 1), y(x_dtype, tokens * hidden, random, 0), b_in(CMM_F32, width, random, 0.1f);
+  std::vector<int8_t> w_in(width * hidden), w_out(width * hidden);
+  for (auto* each : {&w_in, &w_out})
+    for (int8_t& w : *each) w = (int8_t)((int)(random() % 255) - 127);
+  std::vector<float> scale_in(width), scale_out(width), logits(tokens * active);
+  for (auto* each : {&scale_in, &scale_out})
+    for (float& scale : *each) scale = 0.002f + 0.00001f * (float)(random() % 100);
+  std::vector<int32_t> leaves(tokens * trees);
+  const int32_t relu = 1;
+  cmm_layer layer{w_in.data(), bias ? b_in.data() : nullptr, w_out.data(), hidden, nodes, trees, levels, relu, CMM_I8, x_dtype,
+                  scale_in.data(), scale_out.data()};
+  cmm_forward_call forward{layer, x.data(), y.data(), tokens, logits.data(), leaves.data(), nullptr, threads,
+                           threads > 1 ? threaded : serial, nullptr};
+  Scratch scratch(kernels->forward_scratch(&forward));
+  forward.scratch = scratch.data();
+  kernels->forward(&forward);
+
+  const double slack = x_dtype == CMM_BF16 ? 0.02 : 1e-4;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<double> expected(hidden);
+    for (int tree = 0; tree < trees; ++tree) {
+      int64_t node = leaves[t * trees + tree];
+      for (int level = levels - 1; level >= 0; --level, node = (node - 1) / 2) {
+        const int64_t row = tree * nodes + node;
+        double logit = 0;
+        for (int64_t i = 0; i < hidden; ++i) logit += (double)x.at(t * hidden + i) * w_in[row * hidden + i];
+        logit = logit * scale_in[row] + (bias ? b_in.at(row) : 0);
+        const double kept = logits[t * active + tree * levels + level];
+        // a token's element is off by half of its 32767th part at most, and a weight here is below 0.4
+        if (fabs(kept - logit) > 1e-4 * (1 + hidden / 4.0)) fail("8-bit logit", kept, logit);
+        for (int64_t i = 0; i < hidden; ++i) expected[i] += (kept > 0 ? kept : 0) * w_out[row * hidden + i] * scale_out[row];
+      }
+    }
+    for (int64_t i = 0; i < hidden; ++i)
+      if (fabs(y.at(t * hidden + i) - expected[i]) > slack * (1 + active + fabs(expected[i]))) fail("8-bit output", y.at(t * hidden + i), expected[i]);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -137,6 +179,13 @@ int main() {
           for (int threads = 1; threads <= 2; ++threads, ++cases)
             run(kernels, types == 2 ? CMM_BF16 : CMM_F32, types ? CMM_BF16 : CMM_F32, size.trees, size.levels, hidden, size.tokens,
                 hidden % 2 == 1, threads);
+    for (const auto& size : sizes)
+      for (int64_t hidden : {1, 7, 16, 33, 48, 95})
+        for (int threads = 1; threads <= 2; ++threads)
+          for (int32_t x_dtype : {CMM_F32, CMM_BF16}) {
+            run_int8(kernels, x_dtype, size.trees, size.levels, hidden, size.tokens, hidden % 2 == 1, threads);
+            ++cases;
+          }
   }
   printf("%d cases\n", cases);
   return cases > 0 ? 0 : 1;
