@@ -16,13 +16,13 @@ SOURCES = Path("kernels/native")
 COMMON_FLAGS = [
     *["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"],
     # vector types in internal signatures; GCC 12's own intrinsics start from an undefined register
-    *["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+    *["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
 ]
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
     "avx512_bf16": [
-        *["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+        *["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"],
         "-mprefer-vector-width=512",
     ],
 }
@@ -31,7 +31,7 @@ X86_FLAGS = {
 def flags_of_sources() -> dict[str, list[str]]:
     """Compiler flags of each source of the library."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    flags = {"isa_generic.cpp": [], "dispatch.cpp": ["-DCMM_X86"] if x86 else []}
+    flags = {"isa_generic.cpp": [], "blas_token.cpp": [], "dispatch.cpp": ["-DCMM_X86"] if x86 else []}
     if x86:
         flags |= {f"isa_{name}.cpp": list(isa_flags) for name, isa_flags in X86_FLAGS.items()}
     return flags
@@ -67,7 +67,8 @@ class BuildNative(build_ext):
             objects += self._compile(name, [*COMMON_FLAGS, *flags], [])
         # torch's parallel_for is a header: without OpenMP in this compilation it would run on one thread
         openmp = ["-fopenmp"] if "OpenMP" in torch.__config__.parallel_info().split("backend:")[-1] and sys.platform == "linux" else []
-        objects += self._compile("operator.cpp", [*COMMON_FLAGS, abi, "-Wno-unknown-pragmas", *openmp], include_paths())
+        for name in ("operator.cpp", "operator_int8.cpp"):
+            objects += self._compile(name, [*COMMON_FLAGS, abi, "-Wno-unknown-pragmas", *openmp], include_paths())
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fffsweep.kernels import openblas
 from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
 
@@ -81,7 +79,7 @@ def numpy_sgemm(weights: LayerWeights) -> Layer:
     act = activation_of(weights.activation).apply
 
     def layer(x: Tensor) -> Tensor:
-        _set_openblas_threads(torch.get_num_threads())
+        openblas.set_threads(torch.get_num_threads())
         logits = x.reshape(-1, x.shape[-1]).numpy() @ up
         if bias is not None:
             logits += bias
@@ -89,18 +87,3 @@ def numpy_sgemm(weights: LayerWeights) -> Layer:
         return torch.from_numpy(y).reshape(x.shape)
 
     return layer
-
-
-@functools.cache
-def _openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS inside numpy's wheel; None where numpy brings another."""
-    found = sorted((Path(np.__file__).parent.parent / "numpy.libs").glob("*openblas*"))
-    return ctypes.CDLL(str(found[0])) if found else None
-
-
-def _set_openblas_threads(threads: int) -> None:
-    library = _openblas()
-    for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"):
-        if library is not None and hasattr(library, name):
-            getattr(library, name)(threads)
-            return

@@ -12,14 +12,16 @@ ISA_NAMES = ("generic", "avx2", "avx512", "avx512_bf16")  # their codes in nativ
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
+PATH = Path(__file__).with_name("_native.so")
+
+
 def _load() -> str | None:
-    path = Path(__file__).with_name("_native.so")
-    if not path.exists():
-        return f"{path} does not exist: pip install --no-build-isolation . with a C++20 compiler builds it"
+    if not PATH.exists():
+        return f"{PATH} does not exist: pip install --no-build-isolation . with a C++20 compiler builds it"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(PATH))
     except OSError as error:
-        return f"{path} does not load ({error}): rebuild it with the torch that is installed, pip install --no-build-isolation ."
+        return f"{PATH} does not load ({error}): rebuild it with the torch that is installed, pip install --no-build-isolation ."
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import dense, library, naive, reference, torch_forms
+from fffsweep.kernels import dense, int8, library, naive, reference, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS, nearest_first
 from fffsweep.kernels.gpu import entries
 from fffsweep.kernels.layer import LayerWeights
@@ -30,6 +30,7 @@ class Implementation:
     `dtypes` are those of x and of the weights alike. `unavailable` gives the reason why it cannot run on this machine, or None;
     `refuses` the reason why it cannot take these weights, or None. `paths(weights, x)` gives the nodes it visits, where it can.
     `bits8` and `tf32` say that float32 is rounded to 8 bits or to TF32 on the way: such times are not those of float32.
+    `rounds(weights)` gives the 8-bit weights that it computes with in their place: the gate then follows those.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Implementation:
     slow: bool = False
     bits8: bool = False
     tf32: bool = False
+    rounds: Callable[[LayerWeights], int8.Int8Weights] | None = None
 
     def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
         """Reason why this implementation does not apply, or None if it does."""
@@ -88,6 +90,23 @@ def _native(isa: str | None) -> Implementation:
     )
 
 
+def _native_int8(isa: str | None) -> Implementation:
+    def prepare(weights: LayerWeights) -> Layer:
+        rounded = int8.quantise(weights)
+        return lambda x: int8.cmm_int8(x, rounded, isa=isa)
+
+    return Implementation(
+        "native_int8" if isa is None else f"native_int8_{isa}",
+        "cmm",
+        prepare,
+        unavailable=library.why_missing if isa is None else lambda: library.missing_isa(isa),
+        paths=lambda weights, x: int8.paths(x.detach(), int8.quantise(weights), isa=isa),
+        variant_of=None if isa is None else "native_int8",
+        bits8=True,
+        rounds=int8.quantise,
+    )
+
+
 def _torch_form(name: str, form: Callable[..., Tensor], paths: Callable[..., Tensor]) -> Implementation:
     return Implementation(
         name,
@@ -122,8 +141,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _torch_form("gather", torch_forms.gather, torch_forms.paths),
     _native(None),
     *(_native(isa) for isa in library.ISA_NAMES),
-    Implementation("numpy_level1", "cmm", naive.level1, slow=True),
-    Implementation("numpy_level2", "cmm", naive.level2, slow=True),
+    _native_int8(None),
+    *(_native_int8(isa) for isa in library.ISA_NAMES),
+    Implementation("blas_level1", "cmm", naive.level1, unavailable=naive.why_no_blas, paths=naive.level_paths),
+    Implementation("blas_level2", "cmm", naive.level2, unavailable=naive.why_no_blas, paths=naive.level_paths),
     Implementation("sparse_coo", "cmm", naive.sparse(torch.sparse_coo), slow=True),
     Implementation("sparse_csr", "cmm", naive.sparse(torch.sparse_csr), slow=True),
     Implementation("torch_dense", "dense", dense.eager, BOTH, EVERY, supports_backward=True),

@@ -148,4 +148,4 @@ def test_deep_walks_of_many_tokens(implementation: Implementation, layout: str, 
 
 def test_the_suite_runs_the_implementations_it_should() -> None:
     names = {each.name for each in FAST if each.unavailable() is None}
-    assert {"masked", "gather", "numpy_level1", "sparse_csr", "torch_dense", "torch_dense_padded", "numpy_sgemm"} <= names
+    assert {"masked", "gather", "blas_level1", "sparse_csr", "torch_dense", "torch_dense_padded", "numpy_sgemm"} <= names
