@@ -188,17 +188,23 @@ def ui(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Time CMM against DMM by itself; `--suite training` times whole training steps, `--suite orchestration` a sweep of stages that do
-    nothing; `fffsweep bench --help` lists the options, those of a suite follow its name."""
+    """Time CMM against DMM by itself; `fffsweep bench --help` lists the options, those of a suite follow its name.
+
+    `--suite training` times training steps, `--suite model` an encoder, `--suite orchestration` a sweep of stages that do nothing.
+    """
     arguments = list(context.args)
     suite = arguments[arguments.index("--suite") + 1 :][:1] if "--suite" in arguments else []
-    if suite in (["training"], ["orchestration"]):
+    if suite in (["training"], ["orchestration"], ["model"]):
         at = arguments.index("--suite")
         rest = arguments[:at] + arguments[at + 2 :]
         if suite == ["training"]:
             from fffsweep.pipeline.bench import main as time_training
 
             return time_training(rest)
+        if suite == ["model"]:
+            from fffsweep.pipeline.bench_model import main as time_model
+
+            return time_model(rest)
         from fffsweep.sweeps.bench import main as time_orchestration
 
         return time_orchestration(rest)

@@ -18,6 +18,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", 
 
 @pytest.mark.integration
 @pytest.mark.sanitizer
+@pytest.mark.timeout(1500)  # five large objects, compiled with checks
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_kernels_keep_within_bounds_and_defined_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
