@@ -161,7 +161,7 @@ struct TreeBackward {
       block<kHow>(path, lot, at, count, end);
       at += count;
     }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if (kHow == kStream) _mm_sfence();
 #endif
   }

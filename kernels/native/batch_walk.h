@@ -173,7 +173,7 @@ struct TreePass {
       combine<kHow, X, Y, W>(tile, tree, hidden, stride, rows, ahead);
       if (call->logits) keep(tile);
     }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if (kHow == kStream) _mm_sfence();
 #endif
   }

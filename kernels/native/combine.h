@@ -16,28 +16,46 @@ CMM_INLINE void put(typename Y::type* y, vf a) {
       _mm512_stream_ps((float*)y, (__m512)a);
       return;
     }
+#elif defined(__AVX2__)
+    if constexpr (kHow == kStream && sizeof(typename Y::type) == 4) {
+      _mm256_stream_ps((float*)y, (__m256)a);
+      return;
+    }
 #endif
     Y::store(y, a);
   }
 }
+
+// Vectors of output held for each of T tokens. With 16 registers, eight sums hide the latency of a multiply-add, and a whole line of a
+// token is written at once, which stores past the caches need.
+#if defined(__AVX512F__)
+template <int T>
+constexpr int columns = 3;
+#else
+template <int T>
+constexpr int columns = T > 2 ? 2 : 8 / T;
+#endif
 
 // weights [T, stride] float32, rows [levels].
 template <int T, Store kHow, class Y, class W>
 struct Combine {
   static CMM_INLINE void run(const float* const* weights, const typename W::type* const* rows, int levels, typename Y::type* const* y,
                              int64_t hidden, const char* const* ahead) {
+    constexpr int kColumns = columns<T>, kLines = (kColumns * kLanes * sizeof(typename Y::type) + 63) / 64;
     int64_t i = 0;
     for (; i + kColumns * kLanes <= hidden; i += kColumns * kLanes) {
       vf total[T][kColumns];
       CMM_UNROLL for (int t = 0; t < T; ++t) CMM_UNROLL for (int j = 0; j < kColumns; ++j) total[t][j] = zero();
       for (int k = 0; k < levels; ++k) {
-        prefetch(ahead[k % kAheadRows] + i * sizeof(typename Y::type) + (k / kAheadRows % kColumns) * 64);
+        if (k < kAheadRows * kLines) prefetch(ahead[k % kAheadRows] + i * sizeof(typename Y::type) + k / kAheadRows * 64);
         vf w[kColumns];
-        CMM_UNROLL for (int j = 0; j < kColumns; ++j) w[j] = W::load(rows[k] + i + j * kLanes);
+        CMM_UNROLL for (int j = 0; j < kColumns; ++j) {
+          w[j] = W::load(rows[k] + i + j * kLanes);
+          if (T > 2) hold_row(w[j]);
+        }
         CMM_UNROLL for (int t = 0; t < T; ++t) {
           vf a = splat(weights[t][k]);
           hold(a);
-
           CMM_UNROLL for (int j = 0; j < kColumns; ++j) total[t][j] += a * w[j];
         }
       }
@@ -46,6 +64,12 @@ struct Combine {
     for (; i < hidden; i += kLanes) {
       const int left = (int)(hidden - i < kLanes ? hidden - i : kLanes);
       for (int t = 0; t < T; ++t) {
+        if (left == kLanes) {
+          vf total = zero();
+          for (int k = 0; k < levels; ++k) total += weights[t][k] * W::load(rows[k] + i);
+          put<kHow, Y>(y[t] + i, total);
+          continue;
+        }
         vf total = kHow == kAdd ? Y::load_part(y[t] + i, left) : zero();
         for (int k = 0; k < levels; ++k) total += weights[t][k] * W::load_part(rows[k] + i, left);
         Y::store_part(y[t] + i, total, left);

@@ -12,7 +12,6 @@ constexpr int kBlock = 8;
 constexpr int kBlock = 4;
 #endif
 constexpr int kAheadRows = 4;  // rows that are prefetched meanwhile
-constexpr int kColumns = 3;  // vectors of output held for each token of a block in a combination
 
 CMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -70,6 +69,26 @@ CMM_INLINE void reduce(const vf (&sums)[N], float (&out)[N]) {
     both = _mm512_add_ps(_mm512_shuffle_f32x4(both, both, 0x88), _mm512_shuffle_f32x4(both, both, 0xdd));
     _mm512_mask_storeu_ps(out + first, (__mmask16)((1u << (N - first < kGroup ? N - first : kGroup)) - 1), both);
   }
+#elif defined(__AVX2__)
+  constexpr int kGroup = 4;
+  CMM_UNROLL for (int first = 0; first < N; first += kGroup) {
+    __m256 a[kGroup], pairs[2];
+    CMM_UNROLL for (int i = 0; i < kGroup; ++i) a[i] = first + i < N ? (__m256)sums[first + i] : _mm256_setzero_ps();
+    CMM_UNROLL for (int i = 0; i < 2; ++i)
+      pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(pairs[0]), _mm256_castps_pd(pairs[1]));
+    __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(pairs[0]), _mm256_castps_pd(pairs[1]));
+    const __m256 quads = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+    const __m128 both = _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1));
+    if (first + kGroup <= N) {
+      _mm_storeu_ps(out + first, both);
+    } else {
+      float parts[kGroup];
+      _mm_storeu_ps(parts, both);
+      CMM_UNROLL for (int i = 0; i < kGroup; ++i)
+        if (first + i < N) out[first + i] = parts[i];
+    }
+  }
 #else
   CMM_UNROLL for (int i = 0; i < N; ++i) out[i] = sum(sums[i]);
 #endif
@@ -95,7 +114,10 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
     CMM_UNROLL for (int u = 0; u < kLineStep; ++u) {
       const int64_t at = i + u * S::kStep;
       typename S::in row[kNodes];
-      CMM_UNROLL for (int n = 0; n < kNodes; ++n) row[n] = S::load_w(w[n] + at);
+      CMM_UNROLL for (int n = 0; n < kNodes; ++n) {
+        row[n] = S::load_w(w[n] + at);
+        if (T > 2 && S::kHold) hold_row(row[n]);
+      }
       CMM_UNROLL for (int t = 0; t < T; ++t) {
         typename S::in token = S::load_x(rows[t] + at);
         if (kNodes > 1 && S::kHold) hold(token);

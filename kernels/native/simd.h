@@ -34,6 +34,14 @@ CMM_INLINE void hold(V& a) {
 #endif
 }
 
+// The same for a row that all tokens of a block meet, where registers are few: without it a row is loaded anew for every token.
+template <class V>
+CMM_INLINE void hold_row(V& a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  hold(a);
+#endif
+}
+
 CMM_INLINE float sum(vf a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)a);
