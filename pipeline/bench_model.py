@@ -21,6 +21,7 @@ from torch import Tensor
 from fffsweep.kernels import timing
 from fffsweep.kernels.measure import DTYPES, gate
 from fffsweep.kernels.shape import parse_layout
+from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.model import FffConfig, FffModel
 
@@ -75,6 +76,7 @@ def time_model(case: ModelCase, batches: list[int], *, min_time_s: float = 5.0, 
     """A row for each batch size and variant: milliseconds a forward pass, and the fraction of the bound that the tree reaches."""
     encoders = {name: case.encoder(name) for name in VARIANTS}
     tree = encoders["cmm"].layers[0].feedforward
+    assert isinstance(tree, FeedForwardLayer), "the variant has one"
     held = torch.randn(64, case.hidden, generator=torch.Generator().manual_seed(1))
     # what the tree layer runs is one of these; all must be right
     verdicts = [verdict for each, verdict in gate(tree.weights().to(torch.float32), held, DTYPES[case.dtype]) if not each.bits8]
