@@ -88,7 +88,7 @@ class Activations:
     for `validation`. Dropout is off."""
 
     name: ClassVar[str] = "activations"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ActivationsConfig
 
@@ -112,7 +112,7 @@ class Convert:
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ConvertConfig
 

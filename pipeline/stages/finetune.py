@@ -62,7 +62,7 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
         "pipeline/encoders.py",
