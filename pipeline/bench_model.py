@@ -55,6 +55,11 @@ class ModelCase:
     def encoder(self, variant: str) -> FffModel:
         """Random encoder of a variant, ready for inference."""
         shape = parse_layout(self.layout)
+        feedforward: dict[str, dict[str, Any]] = {
+            "dense": {"variant": "dense", "trees": shape.width},
+            "cmm": {"variant": "fff", "trees": shape.trees, "depth": shape.depth, "execution": "cmm"},
+            "none": {"variant": "none"},
+        }
         torch.manual_seed(0)
         config = FffConfig(
             vocab_size=self.vocabulary,
@@ -62,11 +67,7 @@ class ModelCase:
             num_hidden_layers=self.num_layers,
             num_attention_heads=self.num_heads,
             max_position_embeddings=self.sequence_length,
-            feedforward={
-                "dense": {"variant": "dense", "trees": shape.width},
-                "cmm": {"variant": "fff", "trees": shape.trees, "depth": shape.depth, "execution": "cmm"},
-                "none": {"variant": "none"},
-            }[variant],
+            feedforward=feedforward[variant],
         )
         encoder: FffModel = FffModel(config).eval().to(DTYPES[self.dtype])
         return encoder
