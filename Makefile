@@ -4,6 +4,7 @@
 PYTHON ?= python3
 CONFIG ?= sweeps/quickstart.yaml
 STUDY ?=
+BENCH ?= --suite quick
 PYTEST_ARGS ?=
 ROUNDS ?= 20
 
@@ -28,7 +29,7 @@ help:
 	@echo "make gpu-check         the GPU kernels on a GPU: build, test, time; needs torch and Triton alone"
 	@echo "make chaos             faults injected into a running cluster, ROUNDS=20 times each; FFFSWEEP_CHAOS_SEED gives other moments"
 	@echo "make lint              ruff and mypy; make format repairs what ruff can"
-	@echo "make bench             the kernel benchmark by itself"
+	@echo "make bench             the kernel benchmark by itself, into docs/results; BENCH='--suite paper' for another"
 	@echo "make ui                dashboard of STUDY=, by default of the newest one"
 	@echo "make record-stages     write down the stages' sources after a version bump"
 
@@ -49,7 +50,7 @@ format: setup-dev
 	@$(BIN)/ruff format .
 
 bench: setup
-	@$(BIN)/fffsweep bench
+	@$(BIN)/fffsweep bench $(BENCH) --results docs/results
 
 ui: setup
 	@$(BIN)/fffsweep ui $(STUDY)

@@ -79,6 +79,10 @@ def main(argv: list[str] | None = None) -> int:
             failed.append(case)
         print(_line(case, best), flush=True)
     result = {"schema": SCHEMA, "provenance": bench_report.provenance(arguments), "rows": rows}
+    if options.results:
+        stem = options.results / bench_report.file_stem(result["provenance"])
+        options.json, options.markdown = options.json or stem.with_suffix(".json"), options.markdown or stem.with_suffix(".md")
+        print(f"wrote {options.json} and {options.markdown}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -120,6 +124,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--results", type=Path, help="folder for cmm_cpu_<machine>_<date>.json and .md, where those have no names")
     parser.add_argument("--plot", type=Path, help="roofline and speed-up; needs matplotlib")
     first = parser.parse_args(arguments)
     return parser.parse_args([*SUITES[first.suite], *arguments]) if first.suite else first

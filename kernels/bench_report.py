@@ -6,6 +6,7 @@ import datetime
 import functools
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -76,6 +77,12 @@ def provenance(arguments: list[str]) -> dict[str, Any]:
         "isa": None if library.why_missing() else library.best_isa(),
         "platform": platform.platform(),
     }
+
+
+def file_stem(origin: dict[str, Any]) -> str:
+    """Name, without suffix, of the files of a run with this provenance: cmm_cpu_<machine>_<date>."""
+    machine = re.sub(r"[^a-z0-9]+", "-", origin["cpu"].lower()).strip("-") or "unknown"
+    return f"cmm_cpu_{machine}_{origin['date'][:10]}"
 
 
 def _git(*arguments: str) -> str | None:

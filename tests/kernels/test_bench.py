@@ -51,6 +51,14 @@ def test_a_run_writes_json_and_markdown(tmp_path, capsys) -> None:
     assert "torch dense" in capsys.readouterr().out
 
 
+def test_results_are_named_by_machine_and_date(tmp_path, capsys) -> None:
+    assert bench.main(["--layout", "1x2", "--hidden", "8", "--tokens", "4", "--min-time", "0.01", "--results", str(tmp_path)]) == 0
+    [table], [rows] = tmp_path.glob("cmm_cpu_*.md"), tmp_path.glob("cmm_cpu_*.json")
+    assert table.stem == rows.stem
+    assert table.stem.endswith(json.loads(rows.read_text())["provenance"]["date"][:10])
+    assert str(table) in capsys.readouterr().out
+
+
 def test_a_case_without_a_verified_implementation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = registry.Implementation("wrong", "cmm", lambda weights: lambda x: x + 1)
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", (wrong, registry.find("torch_dense")))
