@@ -78,9 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         if best is None:
             failed.append(case)
         print(_line(case, best), flush=True)
-    result = {"schema": SCHEMA, "provenance": bench_report.provenance(arguments), "rows": rows}
+    origin = bench_report.provenance(arguments)
+    result = {"schema": SCHEMA, "provenance": origin, "rows": rows}
     if options.results:
-        stem = options.results / bench_report.file_stem(result["provenance"])
+        stem = options.results / bench_report.file_stem(origin)
         options.json, options.markdown = options.json or stem.with_suffix(".json"), options.markdown or stem.with_suffix(".md")
         print(f"wrote {options.json} and {options.markdown}")
     if options.json:
