@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 from fffsweep.dashboards.queries import StudyView
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.backends import mlflow_uri, optuna_url
-from fffsweep.sweeps.optuna_study import study_id
 
 
 def check_base(url: str | None, option: str) -> str | None:
@@ -23,6 +22,8 @@ def check_base(url: str | None, option: str) -> str | None:
 def address(view: StudyView, trial: TrialView, tool: str, base: str, label: str = "") -> str:
     """Page of a trial, or of its stage run `label`, in `mlflow` or `optuna` served at `base`. Raises ValueError if it is not there."""
     if tool == "optuna":
+        from fffsweep.sweeps.optuna_study import study_id
+
         number = study_id(optuna_url(view.results), view.name)
         return f"{base}/dashboard/studies/{number}/trials?numbers={trial.number}"
     from fffsweep.pipeline.tracking import find_run

@@ -335,7 +335,8 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     database = results.resolve() / "mlflow.db"
     print(f"\nreport     {_write_report(view)[0]}")
     print(f"dashboard  fffsweep ui {shlex.quote(name)}{where}")
-    print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}")
+    if database.exists():  # else a server was told, or MLflow is not installed
+        print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}")
     return 1 if outcome.failed_trials else 0
 
 

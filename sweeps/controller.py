@@ -28,6 +28,7 @@ from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, load, study_folder
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
+from fffsweep.sweeps.studies import check_sampler
 
 _POLL_S = 0.5
 _RETRY_WAIT_S = 2.0  # doubles with every attempt
@@ -62,6 +63,7 @@ def run_sweep(config: SweepConfig, results: Path, listener: Listener, executor: 
 
     Raises ConfigError before anything is started if the study exists with another config or is being driven by another process.
     """
+    check_sampler(config)
     folder = study_folder(results, config.name)
     stored = load(folder)
     check_extends(config, stored)

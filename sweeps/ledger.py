@@ -13,16 +13,16 @@ from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.store import Store
 from fffsweep.pipeline.tracked_run import TrackedRun, ended_trial, failed_stage, finished_stage, open_trial
-from fffsweep.sweeps.backends import OPTUNA, artifact_root, mlflow_uri, optuna_url
+from fffsweep.sweeps.backends import OPTUNA, artifact_root, is_installed, mlflow_uri, optuna_url
 from fffsweep.sweeps.backlog import Backlog
 from fffsweep.sweeps.config import ConfigError, SweepConfig
-from fffsweep.sweeps.optuna_study import OptunaStudy, of_database
 from fffsweep.sweeps.record import StageState, TrialState
 from fffsweep.sweeps.space import Stratum
 from fffsweep.sweeps.studies import Studies
 
 if TYPE_CHECKING:
     from fffsweep.pipeline.tracking import Tracker
+    from fffsweep.sweeps.optuna_study import OptunaStudy
 
 
 class Ledger:
@@ -39,6 +39,8 @@ class Ledger:
         self._say = say
         self._told: set[tuple[str, str, str]] = set()
         self.num_untold = 0
+        if missing := _missing():
+            say(f"{missing} not installed here: results are whole without; fffsweep import tells of them elsewhere")
 
     def open_trial(self, trial: TrialState) -> None:
         """Ask Optuna for a trial's number, open its parent run."""
@@ -54,13 +56,13 @@ class Ledger:
             "optuna.trial": str(trial.number),
             "mlflow.note.content": f"Trial {spec.id} of sweep {self._config.name}: {self._config.description}",
         }
-        self._backlog.put(lambda: open_trial(spec.id, {**self._resolved, "trial": self._described(trial)}, tags))
+        self._put(lambda: open_trial(spec.id, {**self._resolved, "trial": self._described(trial)}, tags))
 
     def stage_finished(self, trial: TrialState, stage: StageState) -> None:
         place = trial.plan.spec.id, stage.planned.label, stage.planned.run.key
         if place not in self._told:
             self._told.add(place)
-            self._backlog.put(lambda: self._finished(*place))
+            self._put(lambda: self._finished(*place))
 
     def _finished(self, trial: str, label: str, key: str) -> TrackedRun | None:
         try:
@@ -73,15 +75,13 @@ class Ledger:
         self._told = {place for place in self._told if place[2] != key}
 
     def stage_failed(self, trial: TrialState, stage: StageState) -> None:
-        self._backlog.put(
-            partial(failed_stage, trial.plan.spec.id, stage.planned.label, stage.planned.run.key, stage.error or "no message")
-        )
+        self._put(partial(failed_stage, trial.plan.spec.id, stage.planned.label, stage.planned.run.key, stage.error or "no message"))
 
     def trial_finished(self, trial: TrialState) -> None:
         """Close the parent run with the metrics that a trial amounts to."""
         key = trial.stages[-1].planned.run.key
         metrics = self._store.get(key).metrics
-        self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FINISHED", metrics, key))
+        self._put(partial(ended_trial, trial.plan.spec.id, "FINISHED", metrics, key))
 
     def tell(self, trial: TrialState, constraints: Mapping[str, float]) -> None:
         """Tell Optuna the objective values of a finished trial, and how far it is beyond each constraint."""
@@ -92,14 +92,16 @@ class Ledger:
         """Record that a trial was stopped early, for good; MLflow has no word for it but KILLED, so a tag says more."""
         self._studies.prune(trial.plan.spec)
         ended = ended_trial(trial.plan.spec.id, "KILLED", {}, "")
-        self._backlog.put(lambda: replace(ended, tags={"fffsweep.state": "PRUNED", "fffsweep.reason": trial.error or ""}))
+        self._put(lambda: replace(ended, tags={"fffsweep.state": "PRUNED", "fffsweep.reason": trial.error or ""}))
 
     def trial_failed(self, trial: TrialState) -> None:
         self._studies.fail(trial.plan.spec)
-        self._backlog.put(partial(ended_trial, trial.plan.spec.id, "FAILED", {}, ""))
+        self._put(partial(ended_trial, trial.plan.spec.id, "FAILED", {}, ""))
 
     def audit(self, finished: list[tuple[TrialState, StageState]], repair: bool) -> list[str]:
         """What MLflow or Optuna hold otherwise than the finished stage runs would have it, a line each."""
+        if missing := _missing():
+            raise ConfigError(f"MLflow and Optuna are compared with the results: {missing} not installed here; pip install both")
         expected = {(trial.plan.spec.id, stage.planned.label): stage.planned.run.key for trial, stage in finished}
         problems = self._make_tracker().audit(expected, self._store, repair)
         for trial, stage in finished:
@@ -115,7 +117,12 @@ class Ledger:
         return self._studies.of_stratum(stratum.name)
 
     def close(self) -> None:
-        self.num_untold = self._backlog.close()
+        if is_installed("mlflow"):
+            self.num_untold = self._backlog.close()
+
+    def _put(self, item: Callable[[], TrackedRun | None]) -> None:
+        if is_installed("mlflow"):
+            self._backlog.put(item)
 
     @cached_property
     def _backlog(self) -> Backlog[TrackedRun]:
@@ -135,13 +142,21 @@ def _open_studies(url: str, config: SweepConfig) -> Studies:
     """Raises ConfigError if its database cannot be used: better before a sweep than in it."""
     try:
         studies = Studies(config, url)
-        studies.of_stratum("")  # opens it
+        studies.connect()
         return studies
     except Exception as error:
+        from fffsweep.sweeps.optuna_study import of_database
+
         if url.startswith("sqlite:") or not of_database(error):
             raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(mask(f"{OPTUNA}={url}: {reason}; start that server, or mend the address")) from None
+
+
+def _missing() -> str:
+    """Which of MLflow and Optuna are not installed, with the verb; empty if both are."""
+    missing = [module for module in ("mlflow", "optuna") if not is_installed(module)]
+    return " and ".join(missing) + (" are" if len(missing) > 1 else " is") if missing else ""
 
 
 def _open_tracker(uri: str, experiment: str, artifact_root: Path | None) -> Tracker:

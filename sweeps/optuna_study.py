@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -230,11 +229,6 @@ def distribution(dimension: Dimension) -> BaseDistribution:
 def of_database(error: Exception) -> bool:
     """Whether Optuna could not use its database, for whatever reason."""
     return isinstance(error, optuna.exceptions.StorageInternalError) or type(error).__module__.startswith(("sqlalchemy", "psycopg"))
-
-
-def sqlite_url(path: Path) -> str:
-    """Storage address of a local SQLite file."""
-    return f"sqlite:///{path.resolve()}"
 
 
 def study_id(storage: str, name: str) -> int:

@@ -1,14 +1,26 @@
-"""The Optuna studies of one sweep: one of the trials that compete, and one of reference_dense where that is tuned."""
+"""The Optuna studies of one sweep: one of the trials that compete, and one of reference_dense where that is tuned.
+
+There are none on a machine without Optuna, which runs grids; it is told of them where their results are imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fffsweep.sweeps.config import SweepConfig
-from fffsweep.sweeps.optuna_study import OptunaStudy
+from fffsweep.sweeps.backends import is_installed
+from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.space import REFERENCE, TrialSpec
+
+if TYPE_CHECKING:
+    from fffsweep.sweeps.optuna_study import OptunaStudy
+
+
+def check_sampler(config: SweepConfig) -> None:
+    """Raises ConfigError if the sampler is one of Optuna's and Optuna is not installed."""
+    if config.sampler != "grid" and not is_installed("optuna"):
+        raise ConfigError(f"sampler: {config.sampler}: optuna is not installed here; expected sampler: grid, or pip install optuna")
 
 
 class Studies:
@@ -16,6 +28,10 @@ class Studies:
 
     def __init__(self, config: SweepConfig, storage: str) -> None:
         self._config, self._storage = config, storage
+
+    def connect(self) -> None:
+        """Make sure of the storage, before a sweep rather than in it."""
+        _ = self._competing
 
     def open(self, spec: TrialSpec) -> int | None:
         """Number of the Optuna trial for one of ours, None if it has none: controls that are not tuned have nothing to choose."""
@@ -50,7 +66,9 @@ class Studies:
 
     def of_stratum(self, stratum: str) -> OptunaStudy:
         """The study that draws for a stratum."""
-        return self._reference if stratum == REFERENCE else self._competing
+        study = self._reference if stratum == REFERENCE else self._competing
+        assert study is not None, "check_sampler is asked before a sweep"
+        return study
 
     def _of(self, spec: TrialSpec) -> OptunaStudy | None:
         if spec.in_study and spec.layout is not None:
@@ -64,13 +82,17 @@ class Studies:
         return {**fixed, **spec.point}
 
     @cached_property
-    def _competing(self) -> OptunaStudy:
+    def _competing(self) -> OptunaStudy | None:
         return self._open_study(self._config.name)
 
     @cached_property
-    def _reference(self) -> OptunaStudy:
+    def _reference(self) -> OptunaStudy | None:
         return self._open_study(f"{self._config.name} ({REFERENCE})")
 
-    def _open_study(self, name: str) -> OptunaStudy:
+    def _open_study(self, name: str) -> OptunaStudy | None:
+        if not is_installed("optuna"):
+            return None
+        from fffsweep.sweeps.optuna_study import OptunaStudy
+
         seed = self._config.search.seed if self._config.search is not None else 0
         return OptunaStudy(self._storage, name, self._config.objectives, self._config.sampler, seed)

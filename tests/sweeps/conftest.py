@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import load_config
-from fffsweep.sweeps.optuna_study import sqlite_url
 
 CONFIG = """
 name: tiny-directory

@@ -17,11 +17,11 @@ from fffsweep.pipeline.execute import KeyBusy
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
+from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
-from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
 from fffsweep.sweeps.strategy import FixedTrials
 

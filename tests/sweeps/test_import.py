@@ -9,9 +9,9 @@ from mlflow.tracking import MlflowClient
 
 from fffsweep.dashboards.queries import load_study
 from fffsweep.pipeline.store import AbsentArtifact, Store
+from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.import_results import SUMS, export_results, import_results
-from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import study_folder
 from fffsweep.sweeps.verify import verify
 

@@ -8,7 +8,8 @@ import optuna
 import pytest
 import torch
 
-from fffsweep.sweeps.optuna_study import OptunaStudy, derived_seed, distribution, draw_in_advance, sqlite_url
+from fffsweep.sweeps.backends import sqlite_url
+from fffsweep.sweeps.optuna_study import OptunaStudy, derived_seed, distribution, draw_in_advance
 from fffsweep.sweeps.search import Search
 
 OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}

@@ -8,8 +8,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
-from fffsweep.sweeps.optuna_study import sqlite_url
 from fffsweep.sweeps.record import study_folder
 from fffsweep.sweeps.verify import verify
 
