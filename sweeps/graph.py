@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from fffsweep.pipeline.settings import Settings, canonical_json
 from fffsweep.pipeline.stage import Resources, StageRun, get_stage, stage_run
 from fffsweep.pipeline.stages.collect import CollectConfig
 from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
+from fffsweep.pipeline.stages.pretrain import PretrainConfig
 from fffsweep.pipeline.stages.rung import RungConfig
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.space import TrialSpec
@@ -46,7 +50,13 @@ class Graph:
     def __init__(self, config: SweepConfig, reference: TrialSpec) -> None:
         """`reference` is the trial whose trained layers timings are relative to."""
         self._config, self._reference = config, reference
-        self._prepare = _planned("prepare", stage_run("prepare", config.stages.prepare))
+        # Trials differ in few settings: what a block of them comes to is found out once, as a grid has tens of thousands of runs.
+        self._known: dict[tuple[str, int], tuple[Settings, StageRun, Resources]] = {}
+        self._pretrain: dict[str, PretrainConfig] = {}
+        self._rungs: dict[tuple[str, float], RungConfig] = {}
+        self._finetune: dict[tuple[str, str], Settings] = {}
+        self._collect = CollectConfig(tasks=config.task_names)
+        self._prepare = self._planned("prepare", "prepare", config.stages.prepare)
         self._references: dict[int, PlannedStage] = {}
 
     def plan(self, spec: TrialSpec, num_replicates: int, rung: int | None = None) -> TrialPlan:
@@ -76,24 +86,30 @@ class Graph:
             stages += [pretrain, *self._finetunings(spec, pretrain, replicate)]
             if config.stages.benchmark_cpu is not None:
                 read = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
-                run = stage_run("benchmark_cpu", config.stages.benchmark_cpu, replicate, {role: s.run.key for role, s in read.items()})
-                stages.append(_planned(f"benchmark_cpu/{replicate}", run, replicate))
+                keys = {role: s.run.key for role, s in read.items()}
+                stages.append(
+                    self._planned(f"benchmark_cpu/{replicate}", "benchmark_cpu", config.stages.benchmark_cpu, replicate, keys, replicate)
+                )
         inputs = {s.label: s.run.key for s in stages[passed:] if s.label != "activations"}
-        collect = stage_run("collect", CollectConfig(tasks=config.task_names), 0, inputs)
-        return TrialPlan(spec, (*stages, _planned("collect", collect)))
+        return TrialPlan(spec, (*stages, self._planned("collect", "collect", self._collect, 0, inputs)))
 
     def _pretraining(self, spec: TrialSpec, replicate: int, rung: PlannedStage | None = None) -> PlannedStage:
         """The stage run that a trial's model comes from; a pretraining goes on from a rung if it passed one."""
         if self._config.stages.convert is not None:
             return self._conversion(spec, replicate)
         inputs = {"prepare": self._prepare.run.key} | ({} if rung is None else {"rung": rung.run.key})
-        settings = self._config.pretrain_config(spec.model, spec.point)
-        return _planned(f"pretrain/{replicate}", stage_run("pretrain", settings, replicate, inputs), replicate)
+        return self._planned(f"pretrain/{replicate}", "pretrain", self._recipe(spec), replicate, inputs, replicate)
+
+    def _recipe(self, spec: TrialSpec) -> PretrainConfig:
+        if spec.id not in self._pretrain:
+            self._pretrain[spec.id] = self._config.pretrain_config(spec.model, spec.point)
+        return self._pretrain[spec.id]
 
     def _rung(self, spec: TrialSpec, replicate: int, rung: int, share: float, before: PlannedStage | None) -> PlannedStage:
         inputs = {"prepare": self._prepare.run.key} | ({} if before is None else {"rung": before.run.key})
-        settings = RungConfig.model_validate({**self._config.pretrain_config(spec.model, spec.point).resolved(), "share": share})
-        planned = _planned(f"rung/{replicate}/{rung}", stage_run("rung", settings, replicate, inputs), replicate)
+        if (spec.id, share) not in self._rungs:
+            self._rungs[spec.id, share] = RungConfig.model_validate({**self._recipe(spec).resolved(), "share": share})
+        planned = self._planned(f"rung/{replicate}/{rung}", "rung", self._rungs[spec.id, share], replicate, inputs, replicate)
         return replace(planned, rung=rung)
 
     def _conversion(self, spec: TrialSpec, replicate: int) -> PlannedStage:
@@ -101,11 +117,11 @@ class Graph:
         inputs = {"prepare": self._prepare.run.key}
         if spec.model.feedforward.variant not in WITHOUT_ACTIVATIONS:
             inputs["activations"] = self._activations(settings).run.key
-        return _planned(f"convert/{replicate}", stage_run("convert", settings, replicate, inputs), replicate)
+        return self._planned(f"convert/{replicate}", "convert", settings, replicate, inputs, replicate)
 
     def _activations(self, settings: ConvertConfig) -> PlannedStage:
         """The reading that all conversions share, whatever their seed."""
-        return _planned("activations", stage_run("activations", settings.activations, 0, {"prepare": self._prepare.run.key}))
+        return self._planned("activations", "activations", settings.activations, 0, {"prepare": self._prepare.run.key})
 
     def _reference_pretraining(self, replicate: int) -> PlannedStage:
         if replicate not in self._references:
@@ -115,14 +131,32 @@ class Graph:
     def _finetunings(self, spec: TrialSpec, pretrain: PlannedStage, replicate: int) -> list[PlannedStage]:
         config, inputs = self._config, {"prepare": self._prepare.run.key, "pretrain": pretrain.run.key}
         return [
-            _planned(
-                f"finetune/{replicate}/{task}/{number}",
-                stage_run("finetune", config.finetune_config(task, spec.point), number, inputs),
-                replicate,
-            )
+            self._planned(f"finetune/{replicate}/{task}/{number}", "finetune", settings, number, inputs, replicate)
             for task in config.task_names
+            for settings in [self._finetuning(task, spec.point)]
             for number in range(config.seeds.finetune)
         ]
+
+    def _finetuning(self, task: str, point: Mapping[str, Any]) -> Settings:
+        place = task, canonical_json({path: value for path, value in point.items() if path.startswith("stages.finetune.")})
+        if place not in self._finetune:
+            self._finetune[place] = self._config.finetune_config(task, point)
+        return self._finetune[place]
+
+    def _planned(
+        self,
+        label: str,
+        name: str,
+        settings: Settings,
+        seed: int = 0,
+        inputs: Mapping[str, str] | None = None,
+        replicate: int | None = None,
+    ) -> PlannedStage:
+        """The run of stage `name` with these settings; what does not depend on seed and inputs is kept for the next one."""
+        if (name, id(settings)) not in self._known:  # the settings are kept too, so no others get their id
+            self._known[name, id(settings)] = settings, stage_run(name, settings), get_stage(name).resources(settings)
+        _, run, resources = self._known[name, id(settings)]
+        return PlannedStage(label, replace(run, seed=seed, inputs=dict(inputs or {})), resources, replicate)
 
 
 def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
@@ -131,8 +165,3 @@ def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:
         return []
     graph = Graph(config, specs[0])
     return [graph.plan(spec, config.seeds.fewest) for spec in specs]
-
-
-def _planned(label: str, run: StageRun, replicate: int | None = None) -> PlannedStage:
-    stage = get_stage(run.stage)
-    return PlannedStage(label, run, stage.resources(stage.Config.model_validate(run.config)), replicate)

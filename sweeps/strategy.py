@@ -20,7 +20,7 @@ from fffsweep.sweeps.graph import Graph, TrialPlan
 from fffsweep.sweeps.replicates import Replicated, undecided
 from fffsweep.sweeps.rungs import LOSS, Racer, cost_of, decide
 from fffsweep.sweeps.search import FIXED_IN_ADVANCE, Dimension, Point
-from fffsweep.sweeps.space import REFERENCE, Stratum, TrialSpec, expand, grid_trials, searched_trial, strata
+from fffsweep.sweeps.space import REFERENCE, Stratum, TrialSpec, expand, searched_trial, strata
 
 
 @dataclass
@@ -124,10 +124,10 @@ class SearchTrials:
     def start(self) -> Changes:
         before = list(self._decisions.read())
         specs = expand(self._config)
-        if not self._learns:
+        if not self._learns and self._config.sampler != "grid":  # a grid's are there already
             known = {spec.id for spec in specs}
             specs += [spec for stratum in self._strata.values() for spec in in_advance(self._config, stratum) if spec.id not in known]
-        else:
+        elif self._learns:
             specs += [spec for each in before if "drawn" in each and (spec := self._drawn(each)) is not None]
         plans = [self._add(spec) for spec in specs]
         for each in before:
@@ -358,9 +358,6 @@ def in_advance(config: SweepConfig, stratum: Stratum) -> Iterator[TrialSpec]:
     """Trials of a stratum by a sampler that learns nothing: the same points in every layout, which then differ in nothing else."""
     search = config.search
     assert search is not None
-    if config.sampler == "grid":
-        yield from grid_trials(config, stratum)
-        return
     from fffsweep.sweeps.optuna_study import draw_in_advance
 
     for index in range(stratum.num_trials or 0):
