@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ _STEPS = {"hv": "steps-post", "vh": "steps-pre"}
 _STYLE: Any = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "pdf.fonttype": 42, "legend.fontsize": 7}
 
 
-def write_figures(view: StudyView, folder: Path) -> list[Path]:
-    """Write every line and scatter figure as SVG and PDF into `folder`; the files written.
+def write_figures(view: StudyView, folder: Path, kinds: Sequence[str] = ("svg", "pdf")) -> list[Path]:
+    """Write every line and scatter figure as each of `kinds` into `folder`; the files written.
 
     Raises ValueError before a trial has finished.
     """
@@ -48,11 +49,11 @@ def write_figures(view: StudyView, folder: Path) -> list[Path]:
     written = []
     for figure in found:
         if figure is not None and figure.spec["data"]:
-            written += _draw(figure, folder)
+            written += _draw(figure, folder, kinds)
     return written
 
 
-def _draw(figure: Figure, folder: Path) -> list[Path]:
+def _draw(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[Path]:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(_STYLE):
@@ -71,7 +72,7 @@ def _draw(figure: Figure, folder: Path) -> list[Path]:
                 axes.axhline(shape["y0"], color=_colour(line["color"]), linestyle=_DASHES[line["dash"]], linewidth=0.8)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(frameon=False)
-        paths = [folder / f"{figure.slug}.{suffix}" for suffix in ("svg", "pdf")]
+        paths = [folder / f"{figure.slug}.{suffix}" for suffix in kinds]
         for path in paths:
             drawn.savefig(path)
         plt.close(drawn)

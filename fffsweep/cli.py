@@ -224,6 +224,8 @@ def verify_study(
 
     found = verify(name_of(study), results, repair)
     print("\n".join(found.problems) or f"{found.num_stage_runs} stage runs, {found.num_artifacts} artifacts: all sound")
+    if repair:
+        _publish(_view(study, results))
     if found.problems and repair:
         print("repaired; run the sweep again if results were withdrawn")
     elif found.problems:
@@ -319,6 +321,16 @@ def _write_report(view: StudyView, form: str = "html", output: Path | None = Non
     return write(view, output or view.results / "reports" / f"{study_folder(view.results, view.name).name}{ending}", form)
 
 
+def _publish(view: StudyView) -> None:
+    """The report for those who look into MLflow; that it cannot be given is said, and changes nothing about the sweep."""
+    from fffsweep.dashboards.published import NotLogged, publish_report
+
+    try:
+        publish_report(view)
+    except NotLogged as error:
+        print(error, file=sys.stderr)
+
+
 def _tell(name: str, results: Path, outcome: Outcome) -> int:
     """What a sweep came to, and where to look at it. Returns the exit code: 0, 1 if a trial failed, 130 if it was stopped."""
     from fffsweep.dashboards.formats import pareto_table
@@ -334,6 +346,7 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     where = "" if results == RESULTS else f" --results {shlex.quote(str(results))}"
     database = results.resolve() / "mlflow.db"
     print(f"\nreport     {_write_report(view)[0]}")
+    _publish(view)
     print(f"dashboard  fffsweep ui {shlex.quote(name)}{where}")
     if database.exists():  # else a server was told, or MLflow is not installed
         print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}")

@@ -80,6 +80,7 @@ def finished_stage(trial: str, label: str, manifest: Manifest, store: Store) -> 
         "device": str(where.get("device")),
         "machine": canonical_json(where.get("machine", {})),
         "data": str(where.get("data")),
+        "mlflow.note.content": f"Stage {manifest.run.stage} of trial {trial}, seed {manifest.run.seed}; its result is {manifest.key}",
     }
     has_curve = "curve.jsonl" in manifest.artifacts and not manifest.artifacts["curve.jsonl"].absent
     curve = read_curve(store.read(manifest, "curve.jsonl")) if has_curve else []

@@ -11,8 +11,8 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,9 +28,9 @@ from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, Sq
 from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.store import Store
-from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Point, Status, TrackedRun
+from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Point, TrackedRun
 
-_PARENT, _NAME = "mlflow.parentRunId", "mlflow.runName"
+_PARENT, _NAME, _NOTE, _MADE_OF = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "fffsweep.made_of"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that one log_batch call may hold
 _LARGEST = 1.7976931348623157e308  # what MLflow writes for infinity
 
@@ -158,6 +158,11 @@ def is_refused(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
 
 
+def is_outside(error: Exception) -> bool:
+    """Whether MLflow, its database or the way to them is at fault, and not this program."""
+    return isinstance(error, MlflowException | sqlalchemy.exc.SQLAlchemyError | OSError)
+
+
 class _Runs(Protocol):
     """The runs of one experiment, wherever they are kept."""
 
@@ -205,9 +210,7 @@ class _Database:
                     "run_uuid": run_id,
                     "name": run.name,
                     "source_type": "UNKNOWN",
-                    "source_name": "",
-                    "entry_point_name": "",
-                    "source_version": "",
+                    **dict.fromkeys(("source_name", "entry_point_name", "source_version"), ""),
                     "user_id": "unknown",
                     "status": run.status,
                     "start_time": run.started_ms,
@@ -297,9 +300,7 @@ class _Server:
 def _merged(before: TrackedRun, after: TrackedRun) -> TrackedRun:
     """One row for what would be written twice."""
     tags, params = {**before.tags, **after.tags}, {**before.params, **after.params}
-    status: Status = after.status
-    key = after.key or before.key
-    return TrackedRun(after.trial, after.label, key, status, before.started_ms, after.ended_ms, tags, params, after.metrics)
+    return replace(after, key=after.key or before.key, started_ms=before.started_ms, tags=tags, params=params)
 
 
 def _add(session: Any, table: Any, rows: list[dict[str, Any]]) -> None:
@@ -341,11 +342,8 @@ def register_model(
     import mlflow.pyfunc
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise ValueError(f"MLflow has no experiment {experiment!r}: run `fffsweep verify {experiment} --repair` to write it again")
-    noted = {"fffsweep.pick": alias, "mlflow.note.content": description, **tags}
-    run = client.create_run(found.experiment_id, tags=noted, run_name=f"pick {alias}")
+    noted = {"fffsweep.pick": alias, _NOTE: description, **tags}
+    run = client.create_run(_experiment(client, experiment), tags=noted, run_name=f"pick {alias}")
     with tempfile.TemporaryDirectory() as made:
         packed = Path(made) / "model"
         mlflow.pyfunc.save_model(packed, loader_module="fffsweep.pipeline.predict", data_path=str(folder), pip_requirements=["fffsweep"])
@@ -358,6 +356,34 @@ def register_model(
     client.set_registered_model_alias(name, alias, version.version)
     client.set_terminated(run.info.run_id, "FINISHED")
     return str(version.version)
+
+
+def replace_files(uri: str, experiment: str, name: str, about: str, made_of: str, write: Callable[[Path], None]) -> str:
+    """Files of the one run `name` beside the trials', as `write` leaves them in a folder, and the experiment's description; the run's id.
+
+    A finished run that was made of the same stays; any other goes when the new one is whole.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    identity = _experiment(client, experiment)
+    client.set_experiment_tag(identity, _NOTE, about)
+    before = list(client.search_runs([identity], f"attributes.run_name = '{name}' AND tags.\"{_MADE_OF}\" LIKE '%'"))
+    for run in before:
+        if run.data.tags[_MADE_OF] == made_of and run.info.status == "FINISHED":
+            return str(run.info.run_id)
+    run_id = client.create_run(identity, tags={_MADE_OF: made_of, _NOTE: about}, run_name=name).info.run_id
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        client.log_artifacts(run_id, folder)
+    client.set_terminated(run_id, "FINISHED")
+    for run in before:
+        client.delete_run(run.info.run_id)
+    return str(run_id)
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    if (found := client.get_experiment_by_name(name)) is None:
+        raise MlflowException(f"MLflow has no experiment {name!r}: run `fffsweep verify {name} --repair` to write it again")
+    return str(found.experiment_id)
 
 
 def find_run(uri: str, experiment: str, trial: str, label: str = "") -> tuple[str, str]:

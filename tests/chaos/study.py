@@ -165,7 +165,8 @@ class Sweep:
 
         client = MlflowClient(tracking_uri=os.environ.get("FFFSWEEP_MLFLOW_URI") or f"sqlite:///{self.results}/mlflow.db")
         found = client.get_experiment_by_name("chaos")
-        return list(client.search_runs([found.experiment_id], max_results=1000))
+        runs = client.search_runs([found.experiment_id], max_results=1000)
+        return [run for run in runs if "fffsweep.trial" in run.data.tags]  # the report's is no trial's
 
     def _optuna_trials(self) -> list[Any]:
         import optuna
