@@ -28,6 +28,7 @@ COLOURS = {
     "dense_active": ("#007A5A", "#2BC49A"),
     "random_routing": ("#A8497F", "#E9A6CB"),
     "unchanged": ("#2A9BD6", "#9AD4F5"),
+    "infeasible": ("#6B6B6B", "#B0B0B0"),
     "paper": ("#9A6700", "#F0B84A"),
     "series0": ("#0072B2", "#56B4E9"),
     "series1": ("#D55E00", "#FF8F52"),
@@ -45,6 +46,7 @@ MARKERS = {
     "dense_active": "diamond",
     "random_routing": "triangle-up",
     "unchanged": "pentagon",
+    "infeasible": "x",
     "paper": "star-open",
 }
 NAMES = {
@@ -55,6 +57,7 @@ NAMES = {
     "dense_active": "dense_active",
     "random_routing": "random_routing",
     "unchanged": "unchanged (the encoder's own layer)",
+    "infeasible": "infeasible (beyond a constraint)",
 }
 NUM_SERIES = 8  # colours `@series0` to `@series7`; with DASHES and SYMBOLS beside them
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -182,7 +185,8 @@ def pareto(
 ) -> Figure:
     """Trials on two objectives, the front drawn, dominated ones faded, controls beside it; a third objective is the colour.
 
-    `trials` narrows what competes; the default is every finished trial of the study.
+    Trials beyond a constraint of the study are drawn as such and are never on the front. `trials` narrows what competes; the default
+    is every finished trial of the study.
     """
     names = [name for name in (y, x, third) if name]
     directions = [maximised(name, view.objectives) for name in names]
@@ -190,12 +194,15 @@ def pareto(
     shown = [trial for trial in (wanted if trials is None else trials) if trial in wanted and not (x == REL_TIME and trial.metrics[x] <= 0)]
     front = [entry.trial for entry in view.front(names, directions, shown)]
     members = sorted(front, key=lambda trial: (trial.metrics[x], trial.metrics[y]))
-    dominated = [trial for trial in shown if trial not in set(members)]
+    infeasible = [trial for trial in shown if view.violated(trial)]
+    dominated = [trial for trial in shown if trial not in {*members, *infeasible}]
     overlays = [trial for trial in view.finished if trial.controls and x in trial.metrics and y in trial.metrics and trial.metrics[x] > 0]
     data = []
     if dominated:
         faded = points(view, dominated, x, y, "layout", len(dominated) <= _MANY, name="dominated", opacity=0.45)
         data.append(faded)
+    if infeasible:
+        data.append(points(view, infeasible, x, y, "infeasible", len(infeasible) <= _MANY, opacity=0.6))
     if members:
         mode = "markers+text" if third is None and len(members) <= _LABELLED else "markers"
         drawn = points(view, members, x, y, "front", mode=mode, text=spaced_labels(members, x, y), textposition="top center")
@@ -228,6 +235,8 @@ def pareto(
         "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete. "
         "The paper's models can be switched on in the legend."
     )
+    if infeasible:
+        caption += f" Crosses do not keep {' and '.join(view.constraints)}, so they cannot be on the front."
     return Figure(
         "pareto",
         "Pareto front",
@@ -273,6 +282,7 @@ def trial_rows(view: StudyView, names: Sequence[str], *groups: Sequence[TrialVie
     for trial in dict.fromkeys(trial for group in groups for trial in group):
         row: dict[str, Any] = {"trial": trial.id, "role": role(trial), "depth": trial.shape.depth if trial.shape else None}
         row["active_width"] = trial.active_width
+        row["violated"] = "; ".join(view.violated(trial))
         for name in names:
             estimate = trial.estimate(name)
             low, high = estimate.interval if estimate and estimate.interval else (None, None)
@@ -284,7 +294,7 @@ def trial_rows(view: StudyView, names: Sequence[str], *groups: Sequence[TrialVie
 def hypervolume_over_time(view: StudyView) -> Figure | None:
     """Volume that the front dominates after each finished trial, as a share of the last; None before two trials are finished."""
     names = list(view.objectives)
-    trials = sorted(view.competing(names), key=lambda trial: trial.finished_at)
+    trials = sorted((t for t in view.competing(names) if not view.violated(t)), key=lambda trial: trial.finished_at)
     if len(trials) < 2:
         return None
     values = [[trial.metrics[name] for name in names] for trial in trials]

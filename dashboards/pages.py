@@ -192,15 +192,16 @@ def training_page(view: StudyView, query: Query) -> Context:
     """Curves of chosen trials, left turns and leaf usage."""
     asked = [trial for trial in view.trials if trial.id in set(query.all("trial"))]
     chosen = (asked or training_figures.chosen_for_curves(view))[: training_figures.MOST_CURVES]
-    value = query.get("value") if query.get("value") in training_figures.CURVES else "validation_loss"
+    offered = training_figures.columns(chosen) or list(training_figures.CURVES)
+    value = query.get("value") if query.get("value") in offered else offered[0]
     replicate = int(query.number("replicate", -1))
-    seed = replicate if 0 <= replicate < view.num_replicates else None
+    seed = replicate if 0 <= replicate < view.seeds_of_trials[1] else None
     found = [training_figures.curves(view, chosen, value, seed), training_figures.left_turns(chosen, seed or 0)]
     found += [training_figures.leaf_usage(trial, seed or 0) for trial in chosen]
     return {
         "chosen": {trial.id for trial in chosen},
         "value": value,
-        "curve_choices": training_figures.CURVE_TITLES,
+        "curve_choices": {name: training_figures.CURVE_TITLES[name] for name in offered},
         "replicate": "" if seed is None else str(seed),
         "figures": [figure for figure in found if figure is not None],
         "most": training_figures.MOST_CURVES,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number
 from fffsweep.dashboards.trial import TrialView
+from fffsweep.sweeps.constraints import RETENTION
 from fffsweep.sweeps.pareto import knee, pick
 
 
@@ -21,22 +22,34 @@ class Pick:
 
 
 def picks(view: StudyView, trials: Sequence[TrialView], share: float) -> list[Pick]:
-    """The fastest of `trials` that keeps `share` of the dense quality, the best quality, and the knee."""
-    timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(REL_TIME, 0) > 0]
+    """The fastest of `trials` that keeps `share` of the dense quality, the best quality, and the knee.
+
+    All of them keep the study's constraints, save that `share` takes the place of the one on kept quality.
+    """
+    timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(REL_TIME, 0) > 0 and _is_allowed(view, trial)]
     if not timed or view.reference is None:
         return []
     floor = share * view.reference.metrics[QUALITY]
     values = [[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in timed]
     fastest = pick(values, [True, False], 1, at_least={0: floor})
     best = pick(values, [True, False], 0)
-    bend = knee(values, [True, False], log=[False, True])
+    keeping = [trial for trial in timed if not view.violated(trial)]
+    bend = (
+        knee([[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in keeping], [True, False], log=[False, True])
+        if keeping
+        else None
+    )
     name = f"Fastest that keeps {100 * share:g} % of the dense quality"
     none = f"no trial reaches {floor:.2f}; lower the share, or widen the filters"
     return [
         _pick(view, name, timed, fastest, share, none),
         _pick(view, "Best quality", timed, best, share, "nothing to choose from"),
-        _pick(view, "Knee of the front", timed, bend, share, "the front has too few trials to have a knee, or none stands out"),
+        _pick(view, "Knee of the front", keeping, bend, share, "the front has too few trials to have a knee, or none stands out"),
     ]
+
+
+def _is_allowed(view: StudyView, trial: TrialView) -> bool:
+    return all(text.startswith(RETENTION) for text in view.violated(trial))
 
 
 def _pick(view: StudyView, name: str, trials: Sequence[TrialView], index: int | None, share: float, otherwise: str) -> Pick:
@@ -49,7 +62,8 @@ def _pick(view: StudyView, name: str, trials: Sequence[TrialView], index: int | 
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     holds = view.chance_kept(trial, share)
     if chance is None or holds is None:
-        said.append("one replicate: how sure this is cannot be told")
+        few = "one replicate" if trial.num_replicates < 2 else "fewer than two replicates in common with every other trial"
+        said.append(f"{few}: how sure this is cannot be told")
     else:
         said += [f"probability of being on the front {chance:.2f}", f"of keeping {100 * share:g} % {holds:.2f}"]
     return Pick(name, trial, "; ".join(said))

@@ -20,7 +20,7 @@ from fffsweep.dashboards.trial import FINISHED, Estimate, TrialView, read_manife
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.config_errors import nearest_first
-from fffsweep.sweeps.constraints import RETENTION, parse_constraint
+from fffsweep.sweeps.constraints import RETENTION, parse_constraint, retention
 from fffsweep.sweeps.pareto import front
 from fffsweep.sweeps.record import SCHEMA, study_folder
 
@@ -88,10 +88,21 @@ class StudyView:
         asked = self.config.get("seeds", {}).get("pretrain", 1)
         return int(asked["min"] if isinstance(asked, dict) else asked)
 
+    @cached_property
+    def seeds_of_trials(self) -> tuple[int, int]:
+        """Fewest and most pretraining seeds of a finished trial; those asked for before there is one."""
+        counts = [trial.num_replicates for trial in self.finished] or [self.num_replicates]
+        return min(counts), max(counts)
+
     @property
     def matches_time(self) -> bool:
         """Whether all trials were pretrained for the same time; else for the same number of tokens."""
         return (self.config.get("stages", {}).get("pretrain") or {}).get("wall_clock_s") is not None
+
+    @property
+    def converts(self) -> bool:
+        """Whether models are an existing encoder's with other feedforward layers; else they are pretrained."""
+        return self.config.get("stages", {}).get("convert") is not None
 
     @property
     def maximize(self) -> list[bool]:
@@ -115,10 +126,16 @@ class StudyView:
 
     def violated(self, trial: TrialView) -> list[str]:
         """Constraints that a finished trial does not keep."""
+        return self.memo(("violated", trial.id), lambda: self._violated(trial))
+
+    def _violated(self, trial: TrialView) -> list[str]:
         found = []
         for constraint in map(parse_constraint, self.constraints):
-            kept = self.retention(trial) if constraint.metric == RETENTION else trial.estimate(constraint.metric)
-            if kept is not None and constraint.violation(kept.value) > 0:
+            if constraint.metric == RETENTION:
+                value = retention(trial.metrics, self.reference.metrics) if self.reference and QUALITY in trial.metrics else None
+            else:
+                value = trial.value(constraint.metric)
+            if value is not None and constraint.violation(value) > 0:
                 found.append(constraint.text)
         return found
 
@@ -153,7 +170,10 @@ class StudyView:
         maximize: Sequence[bool] | None = None,
         trials: Sequence[TrialView] | None = None,
     ) -> list[FrontEntry]:
-        """Non-dominated trials in the order of the first objective, best first; by default all of the study over its objectives."""
+        """Non-dominated trials in the order of the first objective, best first; by default all of the study over its objectives.
+
+        A trial that does not keep the study's constraints is never on the front, and never keeps another from it.
+        """
         names = tuple(objectives or self.objectives)
         directions = tuple(self.maximize if maximize is None else maximize)
         if trials is None:
@@ -161,6 +181,7 @@ class StudyView:
         return self._front(names, directions, trials)
 
     def _front(self, names: tuple[str, ...], directions: tuple[bool, ...], members: Sequence[TrialView]) -> list[FrontEntry]:
+        members = [trial for trial in members if not self.violated(trial)]
         if not members:
             return []
         chances = self.front_chances(names, directions)
@@ -178,11 +199,11 @@ class StudyView:
         return found
 
     def front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
-        """Probability of being on the front, by trial; empty where there are fewer than two common replicates."""
+        """Probability of being on the front, by trial that keeps the constraints; empty with fewer than two common replicates."""
         return self.memo(("chances", objectives, maximize), lambda: self._front_chances(objectives, maximize))
 
     def _front_chances(self, objectives: tuple[str, ...], maximize: tuple[bool, ...]) -> dict[str, float]:
-        trials = self.competing(objectives)
+        trials = [trial for trial in self.competing(objectives) if not self.violated(trial)]
         columns = [[trial.replicates(name) for name in objectives] for trial in trials]
         shared = stats.common_replicates([values for row in columns for values in row])
         if len(shared) < 2:

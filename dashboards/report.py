@@ -180,7 +180,7 @@ def tiles(view: StudyView) -> list[tuple[str, str, str]]:
     shown = [
         ("trials", f"{len(view.finished)} of {len(view.trials)}", "finished"),
         ("stage runs", f"{progress['finished']} of {progress['total']}", f"{duration(view.compute_s)} of computing"),
-        ("replicates", str(view.num_replicates), "pretraining seeds of each trial"),
+        ("replicates", " to ".join(map(str, dict.fromkeys(view.seeds_of_trials))), "pretraining seeds of each trial"),
         ("Pareto front", str(len(front)), "trials" if len(front) != 1 else "trial"),
     ]
     if view.reference:

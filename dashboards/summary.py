@@ -108,7 +108,10 @@ def used_columns(shown: Sequence[Row]) -> list[Column]:
 
 def interval_note(view: StudyView) -> str:
     """What the brackets mean in this study."""
-    count = view.num_replicates
+    count, most = view.seeds_of_trials
+    if most > count:
+        said = f"[low, high]: 95 % bootstrap interval over the replicates (pretraining seeds) of a trial, {count} to {most}, paired by seed"
+        return f"{said}; a trial with one has no interval, and P(front) needs two of every trial." if count < 2 else f"{said}."
     if count < 2:
         return "One replicate (pretraining seed): no intervals and no probability of being on the front. Set seeds.pretrain to 2 or more."
     reached = confidence_reached(count)

@@ -20,8 +20,19 @@ def chosen_for_curves(view: StudyView) -> list[TrialView]:
     return list(dict.fromkeys([*controls, *members, *view.finished]))[:MOST_CURVES]
 
 
-def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validation_loss", replicate: int | None = None) -> Figure | None:
-    """One column of the pretraining curves against tokens read, a line for each replicate; None if no trial has logged it."""
+def columns(trials: Sequence[TrialView]) -> list[str]:
+    """What some of these trials have logged while they trained, of `CURVES`, in its order."""
+    begun = [next((rows for seed in range(trial.num_replicates) if (rows := trial.curve(seed))), []) for trial in trials]
+    logged = {name for rows in begun for row in rows for name, value in row.items() if value is not None}
+    return [name for name in CURVES if name in logged]
+
+
+def curves(view: StudyView, trials: Sequence[TrialView], value: str | None = None, replicate: int | None = None) -> Figure | None:
+    """One column of the training curves against tokens read, a line for each replicate; None if no trial has logged it.
+
+    By default the first of `CURVES` that was logged: held-out loss of a pretraining, held-out error of a conversion.
+    """
+    value = value or next(iter(columns(trials)), CURVES[0])
     data: list[Spec] = []
     rows: list[dict[str, Any]] = []
     for index, trial in enumerate(trials):
@@ -55,6 +66,11 @@ def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validatio
         "Masked-language modelling on held-out text. A model that stands on the unigram plateau has learned word frequencies only: "
         "the moment of leaving it decides at small scale."
     )
+    if view.converts:
+        caption = (
+            "New feedforward layers trained to do what the encoder's own did: squared error over the variance of the old layers' outputs, "
+            "mean over layers. 1 is as good as their mean output, 0 is the same layer."
+        )
     return Figure(
         f"curve-{value.replace('_', '-')}", f"Training: {CURVE_TITLES.get(value, value)}", caption, {"data": data, "layout": layout}, rows
     )
@@ -62,8 +78,9 @@ def curves(view: StudyView, trials: Sequence[TrialView], value: str = "validatio
 
 CURVE_TITLES = {
     "validation_loss": "held-out loss, nats",
+    "unexplained": "held-out error, share of the variance",
     "validation_accuracy": "held-out accuracy",
-    "loss": "training loss, nats",
+    "loss": "training loss",
     "tokens_per_s": "tokens a second",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient",

@@ -160,7 +160,7 @@ def _answer(gap: Difference, p_value: float | None) -> str:
 
 def _confidence(gap: Difference, p_value: float | None) -> str:
     if p_value is None:
-        return "one replicate: no interval"
+        return "one replicate in common: no interval"
     shown = "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
     return f"p {shown} (Holm), {gap.num_replicates} replicates"
 

@@ -14,6 +14,8 @@ from fastapi.testclient import TestClient
 from fffsweep.dashboards.app import create_app
 from fffsweep.dashboards.queries import load_study
 from fffsweep.dashboards.security import is_loopback
+from fffsweep.pipeline.stage import StageRun
+from fffsweep.sweeps.record import study_folder
 
 PAGES = ("study", "pareto", "depth", "training", "compare")
 
@@ -96,6 +98,34 @@ def test_pareto_filters(client):
     nothing, text = front(q="no such trial")
     assert nothing == set()
     assert "nothing is left to draw" in text
+
+
+def test_curves_of_a_conversion(generated, tmp_path):
+    """Stage runs `convert/<replicate>` log other columns than pretraining; the page offers those, and shows the held-out error first."""
+    generator = generated.generate(tmp_path, "converted", layouts=("4x6", "1x8"), controls=("none",), replicates=2, finetunings=1)
+    trials = json.loads((study_folder(tmp_path, "converted") / "study.json").read_text())["trials"]
+    for trial in trials:
+        for stage in trial["stages"]:
+            if stage["name"] == "pretrain":
+                run = StageRun("convert", 1, {"trial": trial["id"]}, stage["replicate"], {})
+                output = tmp_path / f"{trial['id']}-{stage['replicate']}"
+                output.mkdir()
+                if trial["id"] != "none":
+                    rows = [{"step": n, "tokens": 100 * n, "loss": 1 / n, "learning_rate": 0.1, "unexplained": 2 / n} for n in (1, 2, 3)]
+                    (output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                generator.store.publish(run, {"distill/unexplained": 0.5}, output, {}, 0.0, 1.0)
+                stage |= {"name": "convert", "label": f"convert/{stage['replicate']}", "key": run.key}
+    generator.config["stages"]["convert"] = {"encoder": "of the test"}
+    generator.save(trials, "complete")
+    client = TestClient(create_app(tmp_path), base_url="http://localhost")
+    text = get(client, "/training", study="converted").text
+    shown = json.loads(re.search(r'id="figure-curve-unexplained">(.*?)</script>', text, re.DOTALL)[1])["spec"]
+    assert [trace["y"] for trace in shown["data"]] == [[2.0, 1.0, 2 / 3]] * 4
+    assert "share of the variance" in shown["layout"]["yaxis"]["title"]["text"]
+    assert '<option value="loss">' in text
+    assert '<option value="validation_loss"' not in text
+    assert "figure-curve-loss" in get(client, "/training", study="converted", value="loss", replicate="1").text
+    assert "figure-curve-unexplained" in get(client, "/trial", study="converted", trial="1x8").text
 
 
 def test_compare_says_how_sure(client):

@@ -7,7 +7,11 @@ import os
 
 import pytest
 
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyNotFound, disk_bytes, list_studies, load_study, stamp
+from fffsweep.dashboards.figures import pareto
+from fffsweep.dashboards.picks import picks
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyNotFound, StudyView, disk_bytes, list_studies, load_study, stamp
+from fffsweep.dashboards.report import tiles
+from fffsweep.dashboards.summary import interval_note
 from fffsweep.sweeps.record import study_folder
 
 
@@ -137,16 +141,61 @@ def test_a_damaged_artifact_is_not_shown(generated, tmp_path):
     assert trial.curve(0) == []
 
 
-def test_a_search_s_constraints_are_kept_or_named(generated, tmp_path):
-    generator = generated.generate(tmp_path, "bound", replicates=1, finetunings=1, steps=5)
+@pytest.fixture
+def bound(generated, tmp_path):
+    """A study whose search was to keep 96 % of the dense quality in at most half of its time."""
+    generator = generated.generate(tmp_path, "bound", replicates=2, finetunings=1, steps=5)
     generator.config |= {
         "constraints": ["quality_retention >= 0.96", "ff/cpu/rel_time <= 0.5"],
         "seeds": {"pretrain": {"min": 1, "max": 3}, "finetune": 1},
     }
     record = json.loads((study_folder(tmp_path, "bound") / "study.json").read_text())
     generator.save(record["trials"], "complete")
-    view = load_study(tmp_path, "bound")
+    return load_study(tmp_path, "bound")
+
+
+def test_a_search_s_constraints_are_kept_or_named(bound):
+    view = bound
     assert view.num_replicates == 1
     assert view.violated(view.trial("512x0")) == ["ff/cpu/rel_time <= 0.5"]
     assert view.violated(view.trial("1x8")) == ["quality_retention >= 0.96"]
     assert view.violated(view.trial("dense_active(8x5)")) == []
+
+
+def test_a_trial_beyond_a_constraint_is_drawn_but_never_on_the_front(bound):
+    beyond = {trial.id for trial in bound.finished if trial.in_study and bound.violated(trial)}
+    free = StudyView(
+        bound.results, {**json.loads((bound.folder / "study.json").read_text()), "config": {**bound.config, "constraints": []}}
+    )
+    assert {"512x0", "1x8"} <= beyond
+    assert {entry.trial.id for entry in free.front()} & beyond, "without constraints some of them would be on the front"
+    members = {entry.trial.id for entry in bound.front()}
+    assert members
+    assert not members & beyond
+    assert not set(bound.front_chances(tuple(bound.objectives), tuple(bound.maximize))) & beyond
+    drawn = pareto(bound)
+    traces = {trace["name"]: trace for trace in drawn.spec["data"]}
+    assert set(traces["infeasible (beyond a constraint)"]["customdata"]) == beyond
+    assert set(traces["Pareto front"]["customdata"]) == members
+    assert {row["trial"] for row in drawn.rows if row["violated"] and bound.trial(row["trial"]).in_study} == beyond
+    assert "infeasible (beyond a constraint)" not in {trace["name"] for trace in pareto(free).spec["data"]}
+    fastest, best, bend = picks(bound, bound.competing(tuple(bound.objectives)), 0.5)
+    assert best.trial.id != "512x0"
+    assert fastest.trial.id in beyond, "a share chosen by hand takes the place of the constraint on quality"
+    assert fastest.trial.metrics[REL_TIME] <= 0.5
+    assert bend.trial is None or bend.trial.id in members
+
+
+def test_seeds_that_differ_from_trial_to_trial_are_told(generated, tmp_path):
+    generator = generated.generate(tmp_path, "uneven", layouts=("512x0", "1x8"), controls=("reference_dense(512)",), replicates=3)
+    trials = json.loads((study_folder(tmp_path, "uneven") / "study.json").read_text())["trials"]
+    few = next(trial for trial in trials if trial["id"] == "1x8")
+    few["stages"] = [stage for stage in few["stages"] if stage["replicate"] in (None, 0)]
+    generator.config["seeds"] = {"pretrain": {"min": 1, "max": 3}, "finetune": 1}
+    generator.save(trials, "complete")
+    view = load_study(tmp_path, "uneven")
+    assert view.seeds_of_trials == (1, 3)
+    note = interval_note(view)
+    assert "1 to 3" in note
+    assert "One replicate" not in note
+    assert ("replicates", "1 to 3", "pretraining seeds of each trial") in tiles(view)
