@@ -12,7 +12,7 @@ from fffsweep.dashboards.queries import StudyView
 from fffsweep.dashboards.verdicts import claims
 from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.settings import canonical_json
-from fffsweep.sweeps.backends import mlflow_uri
+from fffsweep.sweeps.backends import is_installed, mlflow_uri
 
 NAME = "report"
 
@@ -22,12 +22,12 @@ class NotLogged(Exception):
 
 
 def publish_report(view: StudyView) -> str | None:
-    """Log `report.html` and `figures/*.svg` and describe the experiment; the run's id, None before a trial has finished.
+    """Log `report.html` and `figures/*.svg` and describe the experiment; the run's id, None before a trial has finished or without MLflow.
 
     There is one such run: the newest takes the place of the one before, and one made of the same results stays as it is.
     Raises NotLogged if MLflow cannot be reached or has no such experiment.
     """
-    if not view.finished:
+    if not view.finished or not is_installed("mlflow"):
         return None
     from fffsweep.pipeline.tracking import is_outside, replace_files
 

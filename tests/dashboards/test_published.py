@@ -73,6 +73,9 @@ def test_a_newer_report_takes_the_place_of_the_old(told, monkeypatch):
 
 def test_what_cannot_be_given_is_said(told, fresh, monkeypatch):
     assert published.publish_report(fresh) is None
+    with monkeypatch.context() as without:
+        without.setattr(published, "is_installed", lambda module: False)
+        assert published.publish_report(load_study(told, "told")) is None
     monkeypatch.setenv("FFFSWEEP_MLFLOW_URI", "http://127.0.0.1:9")
     with pytest.raises(published.NotLogged, match="--repair"):
         published.publish_report(load_study(told, "told"))
