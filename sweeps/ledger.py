@@ -35,7 +35,7 @@ class Ledger:
     def __init__(self, config: SweepConfig, results: Path, store: Store, say: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._store = config, store
         self._make_tracker = partial(_open_tracker, mlflow_uri(results), config.name, artifact_root(results))
-        self._studies = _open_studies(optuna_url(results), config)
+        self._studies = _open_studies(optuna_url(results), config, say)
         self._say = say
         self._told: set[tuple[str, str, str]] = set()
         self.num_untold = 0
@@ -138,10 +138,10 @@ class Ledger:
         return {"id": spec.id, "layout": spec.layout, "model": spec.model.resolved()}
 
 
-def _open_studies(url: str, config: SweepConfig) -> Studies:
+def _open_studies(url: str, config: SweepConfig, say: Callable[[str], None]) -> Studies:
     """Raises ConfigError if its database cannot be used: better before a sweep than in it."""
     try:
-        studies = Studies(config, url)
+        studies = Studies(config, url, say)
         studies.connect()
         return studies
     except Exception as error:

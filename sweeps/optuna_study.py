@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -31,6 +33,41 @@ _SHAPE: dict[str, BaseDistribution] = {"trees": IntDistribution(1, 2**24), "dept
 _TRIAL = "fffsweep.trial"
 
 
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _PATIENCE_S = 0.5, 10.0, 300.0
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _insisting(call: Callable[Concatenate[OptunaStudy, P], R]) -> Callable[Concatenate[OptunaStudy, P], R]:
+    """Tries again, with growing waits, what the database could not be reached for.
+
+    What was under way may have been written or not, so the study is read again first; each call finds there what it has done.
+    """
+
+    @functools.wraps(call)
+    def insist(self: OptunaStudy, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        deadline, wait_s, lost = time.monotonic() + _PATIENCE_S, _FIRST_WAIT_S, False
+        while True:
+            try:
+                if lost:
+                    self._read()
+                result = call(self, *args, **kwargs)
+            except Exception as error:
+                if not of_database(error) or time.monotonic() + wait_s > deadline:
+                    raise
+                if not lost:
+                    self._say("Optuna's database cannot be reached; the sweep waits for it")
+                lost = True
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            else:
+                if lost:
+                    self._say("Optuna's database can be reached again")
+                return result
+
+    return insist
+
+
 @dataclass
 class _Known:
     number: int
@@ -42,20 +79,31 @@ class OptunaStudy:
     """An Optuna study with one trial for each fffsweep trial. Only the driver that holds the study's lease writes it.
 
     Samplers keep nothing between two draws but what the study's storage holds: each draw makes one anew, seeded by the number of
-    the draw, so that a study that was killed draws what it would have drawn.
+    the draw, so that a study that was killed draws what it would have drawn. A database that goes away once the study is open is
+    waited for, five minutes at most; `say` hears of that.
     """
 
     def __init__(
-        self, storage: str, name: str, objectives: Mapping[str, Literal["maximize", "minimize"]], sampler: Sampler = "grid", seed: int = 0
+        self,
+        storage: str,
+        name: str,
+        objectives: Mapping[str, Literal["maximize", "minimize"]],
+        sampler: Sampler = "grid",
+        seed: int = 0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
         self._sampler: Sampler = sampler
-        self._seed = seed
+        self._seed, self._say = seed, say
         self._study = optuna.create_study(
             storage=storage, study_name=name, directions=list(objectives.values()), load_if_exists=True, sampler=RandomSampler(seed=0)
         )
         with _quiet():
             self._study.set_metric_names(list(objectives))
+        self._read()
+
+    def _read(self) -> None:
+        """Take up what the storage holds."""
         trials = self._study.get_trials(deepcopy=False)
         self._num_trials = len(trials)
         self._known: dict[str, _Known] = {}
@@ -66,6 +114,7 @@ class OptunaStudy:
             if _TRIAL not in trial.user_attrs and not trial.state.is_finished():
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
+    @_insisting
     def open(self, trial: str, params: Mapping[str, Any], space: Mapping[str, Dimension], attributes: Mapping[str, Any]) -> int:
         """Number of the Optuna trial for `trial` with these parameters, trees and depth among them; an earlier driver's if there is one.
 
@@ -78,6 +127,7 @@ class OptunaStudy:
         self._add(trial, TrialState.RUNNING, dict(params), distributions, attributes)
         return self._known[trial].number
 
+    @_insisting
     def draw(self, name: str, budget: int, space: Mapping[str, Dimension], fixed: Mapping[str, int]) -> Point:
         """The point of the new trial `name`, one of about `budget`; `fixed` are trees and depth where they are no choice.
 
@@ -97,6 +147,7 @@ class OptunaStudy:
         self._num_trials = asked.number + 1
         return {path: asked.params[path] for path in space}
 
+    @_insisting
     def tell(self, trial: str, values: Sequence[float], constraints: Mapping[str, float] | None = None) -> None:
         """Record a finished trial's objective values, and its constraints, which are met at 0 and below.
 
@@ -114,10 +165,12 @@ class OptunaStudy:
         self._study.tell(number, told)
         self._remember(trial, number, TrialState.COMPLETE, told)
 
+    @_insisting
     def prune(self, trial: str) -> None:
         """Record that a trial was stopped early, for good."""
         self._end(trial, TrialState.PRUNED)
 
+    @_insisting
     def fail(self, trial: str) -> None:
         """Record that a trial failed."""
         self._end(trial, TrialState.FAIL)

@@ -5,7 +5,7 @@ There are none on a machine without Optuna, which runs grids; it is told of them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ def check_sampler(config: SweepConfig) -> None:
 class Studies:
     """Knows which of our trials belong to which study, and under which parameters."""
 
-    def __init__(self, config: SweepConfig, storage: str) -> None:
-        self._config, self._storage = config, storage
+    def __init__(self, config: SweepConfig, storage: str, say: Callable[[str], None]) -> None:
+        self._config, self._storage, self._say = config, storage, say
 
     def connect(self) -> None:
         """Make sure of the storage, before a sweep rather than in it."""
@@ -95,4 +95,4 @@ class Studies:
         from fffsweep.sweeps.optuna_study import OptunaStudy
 
         seed = self._config.search.seed if self._config.search is not None else 0
-        return OptunaStudy(self._storage, name, self._config.objectives, self._config.sampler, seed)
+        return OptunaStudy(self._storage, name, self._config.objectives, self._config.sampler, seed, self._say)

@@ -8,6 +8,7 @@ import optuna
 import pytest
 import torch
 
+from fffsweep.sweeps import optuna_study
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.optuna_study import OptunaStudy, derived_seed, distribution, draw_in_advance
 from fffsweep.sweeps.search import Search
@@ -185,3 +186,49 @@ def test_more_seeds_make_a_new_trial_once(url):
 
 def test_seeds_differ_by_name():
     assert len({derived_seed(seed, name) for seed in (0, 1) for name in ("1x8-t0", "1x8-t1", "8x5-t0")}) == 6
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["nothing was written", "all was written"])
+def test_a_database_that_goes_away_is_waited_for(url, monkeypatch, written):
+    monkeypatch.setattr(optuna_study, "_FIRST_WAIT_S", 0.0)
+    told = []
+    study = OptunaStudy(url, "s", OBJECTIVES, "tpe", seed=3, say=told.append)
+    whole = OptunaStudy("sqlite://", "s", OBJECTIVES, "tpe", seed=3)
+
+    def lose(name):
+        """Have the next call of an Optuna study's method lose its answer."""
+        method = getattr(study._study, name)
+
+        def losing(*arguments, **named):
+            monkeypatch.setattr(study._study, name, method)
+            if written:
+                method(*arguments, **named)
+            raise optuna.exceptions.StorageInternalError("gone")
+
+        monkeypatch.setattr(study._study, name, losing)
+
+    lose("ask")
+    assert study.draw("new", 9, SPACE, {}) == whole.draw("new", 9, SPACE, {})
+    lose("add_trial")
+    number = study.open("4x1", {"trees": 4, "depth": 1}, {}, {"layout": "4x1"})
+    lose("tell")
+    study.tell("4x1", [50.0, 0.5])
+    lose("tell")
+    study.prune("new")
+    assert told == ["Optuna's database cannot be reached; the sweep waits for it", "Optuna's database can be reached again"] * 4
+    ended = {trial.user_attrs.get("fffsweep.trial"): (trial.state.name, trial.values) for trial in trials_of(url)}
+    orphan = {None: ("FAIL", None)} if written else {}
+    assert ended == {"new": ("PRUNED", None), "4x1": ("COMPLETE", [50.0, 0.5])} | orphan
+    assert trials_of(url)[number].user_attrs["fffsweep.trial"] == "4x1"
+
+
+def test_a_database_that_stays_away_ends_it(url, monkeypatch):
+    monkeypatch.setattr(optuna_study, "_PATIENCE_S", 0.0)
+    study = OptunaStudy(url, "s", OBJECTIVES)
+
+    def gone(*arguments, **named):
+        raise optuna.exceptions.StorageInternalError("gone")
+
+    monkeypatch.setattr(study._study, "add_trial", gone)
+    with pytest.raises(optuna.exceptions.StorageInternalError, match="gone"):
+        study.open("4x1", {"trees": 4, "depth": 1}, {}, {})
