@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fffsweep.dashboards.queries import StudyView
     from fffsweep.sweeps.config import SweepConfig
     from fffsweep.sweeps.controller import Outcome
+    from fffsweep.sweeps.slices import InlineOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -114,19 +115,33 @@ def run(
         Literal["ray", "inline"], typer.Option(help="ray: tasks on a cluster; inline: one by one in this process.")
     ] = "ray",
     address: Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to join; without it one is started here.")] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="Inline: where to train, instead of by the config's resources.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="TRIAL", help="Inline: this trial alone; may be repeated.")] = None,
+    slice_minutes: Annotated[
+        float | None, typer.Option(metavar="N", help="Inline: begin no trial that is not expected to end within N minutes.")
+    ] = None,
 ) -> int:
     """Run a sweep, or what is left of it: the same command goes on after a stop or a crash."""
-    return drive(_load(config, overrides, name), results, executor, address)
+    from fffsweep.sweeps.slices import InlineOptions
+
+    options = InlineOptions(device, tuple(only or ()), slice_minutes)
+    return drive(_load(config, overrides, name), results, executor, address, options)
 
 
-def drive(sweep: SweepConfig, results: Path, executor: str, address: str | None) -> int:
+def drive(sweep: SweepConfig, results: Path, executor: str, address: str | None, options: InlineOptions | None = None) -> int:
     """Run a sweep with its progress in the terminal. Returns the exit code."""
+    from fffsweep.sweeps.slices import InlineOptions
+
+    options = options or InlineOptions()
+    options.check(sweep, executor)
     _obtain(sweep, results)
     from fffsweep.sweeps.controller import run_sweep
     from fffsweep.sweeps.progress import TerminalProgress
 
     with TerminalProgress() as progress:
-        outcome = run_sweep(sweep, results, progress, executor, address)
+        outcome = run_sweep(sweep, results, progress, executor, address, options)
     return _tell(sweep.name, results, outcome)
 
 
@@ -288,8 +303,7 @@ def _obtain(config: SweepConfig, results: Path) -> None:
     from fffsweep.pipeline.data.wheels import packages_for
     from fffsweep.pipeline.remote_store import open_store
     from fffsweep.pipeline.stage import stage_run
-    from fffsweep.sweeps.controller import check_writable
-    from fffsweep.sweeps.record import check_extends, load, study_folder
+    from fffsweep.sweeps.record import check_extends, check_writable, load, study_folder
 
     check_extends(config, load(study_folder(results, config.name)))
     check_writable(results)
@@ -336,6 +350,12 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     from fffsweep.dashboards.formats import pareto_table
 
     print(f"\n{name} {outcome.state} in {outcome.wall_s:.0f} s: {outcome.num_run} stage runs done, {outcome.num_reused} reused")
+    if outcome.remainder is not None and outcome.remainder.trials:
+        left, hindrance = outcome.remainder.trials, outcome.remainder.hindrance
+        if hindrance is not None:
+            print(f"nothing was begun: {hindrance}", file=sys.stderr)
+        print(f"{len(left)} trials are left: {', '.join(left)}\nThe same command goes on from here.")
+        return 2 if hindrance is not None else 1 if outcome.failed_trials else 0
     if outcome.state == "stopped":
         print("The same command goes on from here.")
         return 130

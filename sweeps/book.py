@@ -69,6 +69,20 @@ class Book:
         """Every trial that needs a stage run, with its state of it."""
         return self._by_key[key]
 
+    def needed(self, trial: TrialState) -> list[str]:
+        """Keys of all runs that a trial needs, those that it reads of other trials too, upstream before downstream."""
+        found: dict[str, None] = {}
+
+        def take(key: str) -> None:
+            if key not in found:
+                for upstream in self.planned(key).run.inputs.values():
+                    take(upstream)
+                found[key] = None
+
+        for stage in trial.stages:
+            take(stage.planned.run.key)
+        return list(found)
+
     def planned(self, key: str) -> PlannedStage:
         return self._by_key[key][0][1].planned
 

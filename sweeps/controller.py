@@ -10,7 +10,7 @@ import shlex
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,12 +21,13 @@ from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
 from fffsweep.pipeline.store import DamagedArtifact
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
-from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
-from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, load, study_folder
+from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, load, study_folder
+from fffsweep.sweeps.slices import InlineOptions, Remainder, Slice
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
 from fffsweep.sweeps.studies import check_sampler
 
@@ -49,41 +50,40 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended. Stage runs are counted once each, however many trials share them."""
+    """How a sweep ended. Stage runs are counted once each, however many trials share them. remainder: of a part, else None."""
 
     state: str
     num_run: int
     num_reused: int
     failed_trials: tuple[str, ...]
     wall_s: float
+    remainder: Remainder | None = None
 
 
-def run_sweep(config: SweepConfig, results: Path, listener: Listener, executor: str = "ray", address: str | None = None) -> Outcome:
-    """Run a sweep, or what is left of it, to its end.
+def run_sweep(
+    config: SweepConfig,
+    results: Path,
+    listener: Listener,
+    executor: str = "ray",
+    address: str | None = None,
+    options: InlineOptions = InlineOptions(),
+) -> Outcome:
+    """Run a sweep, or what is left of it, to its end, or as much of it as `options` say.
 
-    Raises ConfigError before anything is started if the study exists with another config or is being driven by another process.
+    Raises ConfigError before anything is started if the study exists with another config, is being driven by another process, or the
+    options do not fit.
     """
     check_sampler(config)
+    options.check(config, executor)
     folder = study_folder(results, config.name)
     stored = load(folder)
     check_extends(config, stored)
     check_writable(results)
     lease = Lease(folder)
     try:
-        return Controller(config, None, results, folder, listener, executor, address, stored, lease).run()
+        return Controller(config, None, results, folder, listener, executor, address, stored, lease, options).run()
     finally:
         lease.release()
-
-
-def check_writable(results: Path) -> None:
-    """Raises ConfigError if nothing can be written below `results`."""
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        probe = results / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"results folder {results}: cannot be written ({error.strerror}); choose another with --results") from None
 
 
 class Controller:
@@ -100,6 +100,7 @@ class Controller:
         address: str | None,
         stored: dict[str, object] | None,
         lease: Lease,
+        options: InlineOptions = InlineOptions(),
     ) -> None:
         self._config, self._listener, self._lease = config, listener, lease
         self._executor_name, self._address = executor, address
@@ -107,6 +108,7 @@ class Controller:
         self._record = Record(folder, config, [])
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))
+        self._device, self._slice = options.device, Slice(options, self._store) if options.is_part else None
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = folder / "stop"
         self._book = Book(self._store, self._record.trials)
@@ -121,11 +123,13 @@ class Controller:
         self._next_update = 0.0
 
     def run(self) -> Outcome:
-        start = time.monotonic()
+        start, changes = time.monotonic(), self._strategy.start()
+        if self._slice is not None:
+            self._slice.check([plan.spec.id for plan in changes.plans])
         for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
             left.unlink(missing_ok=True)
         self._event("started", executor=self._executor_name)
-        self._adopt(self._strategy.start())
+        self._adopt(changes)
         self._save(force=True)
         reused = sum(self._book.state(key) == "reused" for key in self._book)
         if reused:
@@ -144,7 +148,8 @@ class Controller:
             )
         self._event("ended", state=self._record.state, failed=failed)
         self._save(force=True)
-        return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start)
+        remainder = None if self._slice is None or self._stopping else self._slice.remainder(self._book)
+        return Outcome(self._record.state, self._num_run, reused, failed, time.monotonic() - start, remainder)
 
     def _drive(self) -> None:
         executor = self._start_executor()
@@ -155,8 +160,9 @@ class Controller:
                     self._stop()
                 if not self._stopping:
                     self._adopt(self._strategy.more(self._num_slots(executor)))
+                    self._open_next()
                     self._submit_ready(executor)
-                if not self._running and (self._stopping or self._book.is_over()):
+                if not self._running and (self._stopping or self._book.is_over() or (self._slice is not None and self._slice.is_over)):
                     return
                 for event in executor.wait(_POLL_S):
                     self._handle(event)
@@ -167,8 +173,17 @@ class Controller:
     def _start_executor(self) -> Executor:
         claim = Claim(self._config.name, self._lease.epoch * _RANKS)
         if self._executor_name == "inline":
-            return InlineExecutor(self._store, self._stop_file.exists, self._handle, claim)
+            return InlineExecutor(self._store, self._stop_file.exists, self._handle, claim, self._device)
         return RayExecutor(self._store, self._stop_file, self._address, claim)
+
+    def _open_next(self) -> None:
+        """In a part of a sweep, let the next trial begin once the one before has ended."""
+        if self._slice is not None and (trial := self._slice.next(self._book)) is not None:
+            self._queue(self._book.needed(trial))
+
+    def _queue(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._queue_of(key).add(key, self._book.planned(key).run.inputs.values())
 
     def _submit_ready(self, executor: Executor) -> None:
         """Fill what is free, first trials first. A run that needs a whole node waits until nothing else can be started, unless nodes are
@@ -288,8 +303,8 @@ class Controller:
             trial, gained = self._book.adopt(plan)
             if len(gained) == len(trial.stages):
                 self._ledger.open_trial(trial)
-            for stage in trial.stages if plan.spec.id not in changes.pruned else ():
-                self._queue_of(key := stage.planned.run.key).add(key, stage.planned.run.inputs.values())
+            if plan.spec.id not in changes.pruned and (self._slice is None or plan.spec.id in self._slice.opened):
+                self._queue(stage.planned.run.key for stage in trial.stages)
             for stage in gained:
                 if stage.state in DONE:
                     self._ledger.stage_finished(trial, stage)

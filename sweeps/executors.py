@@ -17,6 +17,7 @@ from fffsweep.pipeline.machine import machine_fingerprint
 from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.sweeps.limits import ON_EITHER
 from fffsweep.sweeps.watchdog import alarmed
 
 EventKind = Literal["progress", "finished", "failed", "stopped"]
@@ -162,13 +163,22 @@ def _is_full(store: Store) -> bool:
 
 
 class InlineExecutor:
-    """One run after another in this process: a laptop, an HPC node, an air-gapped GPU box."""
+    """One run after another in this process: a laptop, an HPC node, an air-gapped GPU box.
+
+    device: "cuda" or "cpu" for the stages that can run on either; None for CUDA where a run's resources have a GPU.
+    """
 
     def __init__(
-        self, store: Store, stop_requested: Callable[[], bool], on_progress: Callable[[Event], None], claim: Claim | None = None
+        self,
+        store: Store,
+        stop_requested: Callable[[], bool],
+        on_progress: Callable[[Event], None],
+        claim: Claim | None = None,
+        device: str | None = None,
     ) -> None:
         self.capacity = Capacity(cpus=(cpus := len(os.sched_getaffinity(0))), gpus=float("inf"), node_cpus=cpus)
         self._store, self._stop_requested, self._on_progress, self._claim = store, stop_requested, on_progress, claim
+        self._device = device
         self._queue: deque[tuple[StageRun, Resources]] = deque()
 
     def submit(self, run: StageRun, resources: Resources) -> None:
@@ -182,6 +192,8 @@ class InlineExecutor:
         self._on_progress(Event(run.key, "progress", worker=worker))
         report = lambda figures: self._on_progress(Event(run.key, "progress", figures, worker))  # noqa: E731
         device = "cuda" if resources.gpus else "cpu"
+        if self._device is not None and run.stage in ON_EITHER:
+            device = self._device
         with alarmed(resources):
             return [attempt(run, self._store, report, self._stop_requested, device, self._claim)]
 

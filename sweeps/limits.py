@@ -12,6 +12,7 @@ from fffsweep.pipeline.stage import Resources
 
 StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "collect"]
 ON_GPU = ("pretrain", "finetune")
+ON_EITHER = (*ON_GPU, "rung")  # a rung is a part of pretraining, and has its resources
 
 
 class StageLimits(Settings):

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from fffsweep.pipeline.remote_store import open_store
-from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import StageRun
-from fffsweep.pipeline.store import Manifest, Store
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
+from fffsweep.sweeps.history import History
 from fffsweep.sweeps.record import check_extends, load, study_folder
 from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
 
 SCHEMA = "fffsweep.plan/1"
-_MOST_MANIFESTS = 500  # their file names are hashes, so any 500 are a fair sample
 _MACS_PER_SECOND = 2e10  # of one core in training, as the quickstart runs on AVX-512; for guesses only
 _GUESS_S = {"prepare": 30.0, "benchmark_cpu": 10.0, "collect": 0.1}
 _GUESS_BYTES = {"finetune": 5e4, "benchmark_cpu": 1e5, "collect": 1e4}
@@ -81,7 +76,7 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if store.has(key) else None)
     runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
     cached = {key for key in runs if store.has(key)}
-    history = _History(store)
+    history = History(store)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     core_seconds = alone_seconds = 0.0
     stages = []
@@ -145,46 +140,7 @@ def _summary(plan: TrialPlan, cached: set[str]) -> TrialSummary:
     return TrialSummary(spec.id, spec.layout, spec.controls, spec.in_study, len(plan.stages), num_cached)
 
 
-class _History:
-    """Durations and sizes of earlier runs in a store, by stage and settings. Read once, asked for every run to come."""
-
-    def __init__(self, store: Store) -> None:
-        self._earlier: dict[tuple[str, str | None], list[Manifest]] = defaultdict(list)
-        self._medians: dict[tuple[str, str | None], tuple[float, float]] = {}
-        for key in itertools.islice(store.keys(), _MOST_MANIFESTS):
-            manifest = store.get(key)
-            for settings in (None, _settings(manifest.run)):
-                self._earlier[manifest.run.stage, settings].append(manifest)
-
-    def median(self, run: StageRun) -> tuple[float, float, str] | None:
-        """Seconds and bytes that `run` will take, from runs with equal settings, else from all of its stage; None without any."""
-        if (run.stage, None) not in self._earlier:
-            return None
-        place: tuple[str, str | None] = run.stage, _settings(run)
-        if place not in self._earlier:
-            place = run.stage, None
-        chosen = self._earlier[place]
-        if place not in self._medians:
-            seconds = median(manifest.duration_s / _amount(manifest.run) for manifest in chosen)
-            num_bytes = median(sum(artifact.num_bytes for artifact in manifest.artifacts.values()) for manifest in chosen)
-            self._medians[place] = seconds, num_bytes
-        seconds, num_bytes = self._medians[place]
-        return seconds * _amount(run), num_bytes, f"{len(chosen)} earlier runs" if len(chosen) > 1 else "1 earlier run"
-
-
-def _settings(run: StageRun) -> str:
-    return canonical_json(run.config)
-
-
-def _amount(run: StageRun) -> float:
-    """What a run's time grows with, as far as its config says: the budget of pretraining."""
-    budgets = [run.config.get(name) for name in ("tokens", "steps", "wall_clock_s", "distinct_tokens")]
-    if run.stage not in ("pretrain", "rung", "convert", "activations"):
-        return 1.0
-    return float(next(filter(None, budgets), 1.0)) * float(run.config.get("share", 1.0))  # of which a rung has a share
-
-
-def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: _History) -> tuple[float, float, str]:
+def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: History) -> tuple[float, float, str]:
     return history.median(stage.run) or _guess(config, trial, stage)
 
 

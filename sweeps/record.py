@@ -153,6 +153,17 @@ def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
         )
 
 
+def check_writable(results: Path) -> None:
+    """Raises ConfigError if nothing can be written below `results`."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe = results / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"results folder {results}: cannot be written ({error.strerror}); choose another with --results") from None
+
+
 class Lease:
     """The right to drive a study, on all hosts that share its folder."""
 

@@ -23,6 +23,7 @@ from fffsweep.sweeps.controller import Controller
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
+from fffsweep.sweeps.slices import InlineOptions
 from fffsweep.sweeps.strategy import FixedTrials
 
 OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}
@@ -119,15 +120,14 @@ class ToySweep(SimpleNamespace):
         return self.limits.get(stage, StageLimits())
 
 
-def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, **limits):
+def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, options=InlineOptions(), **limits):
     config = ToySweep(search=None, sampler="grid", name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
     folder = study_folder(tmp_path, config.name)
     lease = Lease(folder)
     try:
         listener = Quiet()
-        outcome = Controller(
-            config, FixedTrials(plans_of(list(layouts))), tmp_path, folder, listener, "inline", None, load(folder), lease
-        ).run()
+        strategy = FixedTrials(plans_of(list(layouts)))
+        outcome = Controller(config, strategy, tmp_path, folder, listener, "inline", None, load(folder), lease, options).run()
     finally:
         lease.release()
     return outcome, listener, load(folder)
@@ -241,6 +241,40 @@ def test_a_stop_request_ends_the_sweep_resumable(tmp_path):
     assert drive(tmp_path)[0].state == "complete"
     assert max(Counter(Toy.ran).values()) == 1
     assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
+
+
+def test_named_trials_run_alone_with_what_they_read_of_others(tmp_path):
+    outcome, _, record = drive(tmp_path, layouts=("4x1", "2x2", "1x3"), options=InlineOptions(only=("2x2",)))
+    assert Toy.ran == ["prepare", "pretrain 2x2", "pretrain 4x1", "benchmark 2x2", "collect 2x2"]
+    assert (outcome.state, outcome.remainder.trials, outcome.remainder.hindrance) == ("stopped", ("4x1", "1x3"), None)
+    assert [trial["state"] == "complete" for trial in record["trials"]] == [False, True, False]
+    outcome, _, _ = drive(tmp_path, layouts=("4x1", "2x2", "1x3"))
+    assert (outcome.state, max(Counter(Toy.ran).values())) == ("complete", 1)
+
+
+def test_a_name_that_no_trial_has_is_refused_before_anything_is_started(tmp_path):
+    with pytest.raises(ConfigError, match="--only 2x3: no such trial; expected one of 2x2, 1x3, 4x1"):
+        drive(tmp_path, layouts=("4x1", "2x2", "1x3"), options=InlineOptions(only=("2x3",)))
+    assert Toy.ran == []
+    assert load(study_folder(tmp_path, "toy study")) is None
+
+
+def test_a_slice_is_whole_trials_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("fffsweep.sweeps.slices.History.median", lambda self, run: told.append(run) or (60.0, 0, ""))
+    layouts = ("4x1", "2x2", "1x3")
+    outcome, _, _ = drive(tmp_path, layouts=layouts, options=InlineOptions(slice_minutes=4.5))  # four runs of a minute, then three
+    assert Toy.ran[-1] == "collect 1x3"  # these take no time, whatever they are expected to
+    assert outcome.state == "complete"
+    assert len(told) == 4 + 3 + 3
+    assert outcome.remainder.trials == ()
+
+
+def test_what_does_not_fit_a_slice_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.slices.History.median", lambda self, run: (60.0, 0, ""))
+    outcome, _, _ = drive(tmp_path, options=InlineOptions(slice_minutes=3.5))
+    assert (Toy.ran, outcome.state, outcome.remainder.trials) == ([], "stopped", ("4x1", "2x2"))
+    assert "trial 4x1 takes about 4.0 min: expected --slice-minutes 4.1 or more" in outcome.remainder.hindrance
 
 
 def test_a_damaged_artifact_is_made_again(tmp_path, monkeypatch):
