@@ -92,13 +92,18 @@ def compare_layers(
             series |= timing.interleave({name: quick[name] for name in fast}, min_time_s=min_time_s / 8, min_rounds=3)
             calls[side] = min(series, key=lambda name: series[name].median_s), quick
             for implementation, verdict in verdicts:
-                rows.append({"side": side} | _row(implementation, verdict, series.get(implementation.name), tokens))
+                rows.append({"side": side} | row_of(implementation, verdict, series.get(implementation.name), tokens))
         chosen = {side: quick[name] for side, (name, quick) in calls.items()}
         final = timing.interleave(chosen, min_time_s=min_time_s, min_rounds=7)
+    return comparison(final, {side: name for side, (name, _) in calls.items()}, rows, tokens, load)
+
+
+def comparison(final: dict[str, timing.Series], chosen: dict[str, str], rows: list[dict[str, Any]], tokens: int, load: float) -> Comparison:
+    """What alternating samples of the sides "candidate" and "reference" amount to; `chosen` are the implementations that were timed."""
     mine, theirs = final["candidate"], final["reference"]
     ratios = [a / b for a, b in zip(mine.samples_s, theirs.samples_s, strict=True)]
     q20, _, q80 = timing.quantiles_of(ratios)
-    name = calls["candidate"][0]
+    name = chosen["candidate"]
     return Comparison(
         rel_time=mine.median_s / theirs.median_s,
         rel_time_q20=q20,
@@ -106,7 +111,7 @@ def compare_layers(
         ns_per_token=1e9 * mine.median_s / tokens,
         reference_ns_per_token=1e9 * theirs.median_s / tokens,
         implementation=name,
-        reference_implementation=calls["reference"][0],
+        reference_implementation=chosen["reference"],
         path_flips=next(row["path_flips"] for row in rows if row["side"] == "candidate" and row["implementation"] == name),
         verified=True,
         load=load,
@@ -134,8 +139,9 @@ def gate(
     seed: int = 0,
     variants: bool = False,
     slow: bool = False,
+    device: str = "cpu",
 ) -> list[tuple[Implementation, Verdict]]:
-    """Verdicts on every applicable implementation in `dtype`, on the first tokens of x and on fresh random ones of the same scale.
+    """Verdicts on every applicable implementation in `dtype` on `device`, on x's first tokens and on fresh random ones of the same scale.
 
     The number of tokens keeps the reference's walk below `GATE_NODES` rows. Forced `variants` and `slow` ones only on demand.
     """
@@ -143,10 +149,10 @@ def gate(
     fresh = torch.randn(max(2, count // 2), weights.hidden, generator=torch.Generator().manual_seed(seed + 1)) * x.float().std(
         unbiased=False
     )
-    held = torch.cat([x[:count].float(), fresh]).to(dtype)
-    rounded = weights.to(dtype)
+    held = torch.cat([x[:count].float(), fresh]).to(device, dtype)
+    rounded = weights.to(dtype).on(device)
     exact = None if dtype in (torch.float32, torch.float64) else weights
-    applicable = registry.applicable(rounded, dtype, backward=backward)
+    applicable = registry.applicable(rounded, dtype, device, backward=backward)
     chosen = [each for each in applicable if (variants or each.variant_of is None) and (slow or not each.slow)]
     return [(each, verify(each, rounded, held, backward=backward, exact=exact)) for each in chosen]
 
@@ -186,7 +192,8 @@ def _training_call(implementation: Implementation, weights: LayerWeights, x: Ten
     return call
 
 
-def _row(implementation: Implementation, verdict: Verdict, series: timing.Series | None, tokens: int) -> dict[str, Any]:
+def row_of(implementation: Implementation, verdict: Verdict, series: timing.Series | None, tokens: int) -> dict[str, Any]:
+    """A row of `Comparison.rows`, without its side."""
     scale = 1e9 / tokens
     return {
         "implementation": implementation.name,

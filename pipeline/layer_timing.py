@@ -20,10 +20,11 @@ from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.model import FffModel
 from fffsweep.pipeline.roofline import machine_peaks, roofline_ns
 from fffsweep.pipeline.stage import Metrics, StageContext
-from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, BenchmarkPoint
+from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, LayerBenchmark, TimedPoint
 
 SCHEMA = "fffsweep.bench/1"
 BATCH = 32
+NO_LAYER = "the model has no feedforward layer: there is nothing to run, so its relative time is 0"
 
 
 def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
@@ -33,20 +34,17 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
     Raises RuntimeError if no implementation of a side gives the right outputs, ValueError for a layer that is not there.
     """
     held_out = PreparedData(context.inputs["prepare"]).corpus("validation")
-    candidate, x_candidate = _layer_and_inputs(context.inputs["pretrain"], config, held_out)
-    reference, x_reference = _layer_and_inputs(context.inputs["reference"], config, held_out)
+    candidate, x_candidate = layer_and_inputs(context.inputs["pretrain"], config, held_out)
+    reference, x_reference = layer_and_inputs(context.inputs["reference"], config, held_out)
     if reference is None:
         raise ValueError("the reference model has no feedforward layer: expected a dense one, to measure others by")
     report: dict[str, Any] = {"schema": SCHEMA, "provenance": provenance(), "rows": []}
     metrics: Metrics = {}
     if candidate is None:
-        report["note"] = "the model has no feedforward layer: there is nothing to run, so its relative time is 0"
+        report["note"] = NO_LAYER
         metrics = {f"ff/cpu/{prefix}rel_time": 0.0 for prefix in ("", *(f"{point.label}/" for point in config.points))}
     else:
-        if candidate.settings.output_bias:
-            report["note"] = "timed without the output bias"
-        if candidate.settings.variant == "random_routing":
-            report["note"] = "timed along the paths that the weights choose, as many nodes as the hashed ones"
+        report |= notes_on(candidate)
         for number, point in enumerate(config.points):
             context.progress(number, len(config.points), "points")
             compared = compare_layers(
@@ -63,10 +61,10 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
             )
             if not compared.verified:
                 raise RuntimeError(f"point {point.label}: outputs were not verified, so no time is given")
-            report["rows"] += _rows(point, compared, candidate, reference)
+            report["rows"] += rows_of(point, compared, candidate, reference)
             drawn = draw(x_candidate, candidate.weights(), point.tokens, context.seed)
             least = roofline_ns(candidate.weights(), drawn, point.dtype, point.threads, point.mode)
-            figures = _figures(compared) | {"roofline_ns_per_token": least}
+            figures = figures_of(compared) | {"roofline_ns_per_token": least}
             metrics |= {f"ff/cpu/{point.label}/{name}": value for name, value in figures.items()}
             if number == 0:
                 metrics |= {f"ff/cpu/{name}": value for name, value in figures.items()}
@@ -76,7 +74,15 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
     return metrics
 
 
-def _figures(compared: Comparison) -> Metrics:
+def notes_on(candidate: FeedForwardLayer) -> dict[str, str]:
+    """What a report says of a layer that is timed otherwise than it computes."""
+    if candidate.settings.variant == "random_routing":
+        return {"note": "timed along the paths that the weights choose, as many nodes as the hashed ones"}
+    return {"note": "timed without the output bias"} if candidate.settings.output_bias else {}
+
+
+def figures_of(compared: Comparison) -> Metrics:
+    """Metrics of one point."""
     return {
         "rel_time": compared.rel_time,
         "rel_time_q20": compared.rel_time_q20,
@@ -89,11 +95,13 @@ def _figures(compared: Comparison) -> Metrics:
     }
 
 
-def _rows(point: BenchmarkPoint, compared: Comparison, candidate: FeedForwardLayer, reference: FeedForwardLayer) -> list[dict[str, Any]]:
+def rows_of(
+    point: TimedPoint, compared: Comparison, candidate: FeedForwardLayer, reference: FeedForwardLayer, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Rows of `bench --json`, one for each implementation that was gated, `best` marking the chosen ones."""
     chosen = {"candidate": compared.implementation, "reference": compared.reference_implementation}
     layers = {"candidate": candidate, "reference": reference}
-    common = point.model_dump(mode="json") | {"device": "cpu", "direction": "forward", "suite": "layer", "load": compared.load}
+    common = point.model_dump(mode="json") | {"device": device, "direction": "forward", "suite": "layer", "load": compared.load}
     return [
         common
         | {"layout": layers[row["side"]].shape.layout, "hidden": layers[row["side"]].hidden_size, "role": row["side"]}
@@ -103,7 +111,7 @@ def _rows(point: BenchmarkPoint, compared: Comparison, candidate: FeedForwardLay
     ]
 
 
-def _layer_and_inputs(folder: Path, config: BenchmarkConfig, held_out: NDArray[Any]) -> tuple[FeedForwardLayer | None, Tensor]:
+def layer_and_inputs(folder: Path, config: LayerBenchmark, held_out: NDArray[Any]) -> tuple[FeedForwardLayer | None, Tensor]:
     """The feedforward layer of a pretrained model, and its inputs [tokens, hidden] while the model reads held-out text."""
     with optimisation.quiet_transformers():
         model = FffModel.from_pretrained(folder / "model").eval()

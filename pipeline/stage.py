@@ -127,6 +127,7 @@ _STAGES = {
     "convert": "fffsweep.pipeline.stages.convert:Convert",
     "finetune": "fffsweep.pipeline.stages.finetune:Finetune",
     "benchmark_cpu": "fffsweep.pipeline.stages.benchmark:BenchmarkCpu",
+    "benchmark_gpu": "fffsweep.pipeline.stages.benchmark_gpu:BenchmarkGpu",
     "collect": "fffsweep.pipeline.stages.collect:Collect",
     "noop": "fffsweep.pipeline.stages.noop:Noop",
 }

@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, cre
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Count, Settings, parse_count
-from fffsweep.pipeline.stages.benchmark import BenchmarkConfig
+from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, LayerBenchmark
+from fffsweep.pipeline.stages.benchmark_gpu import GpuBenchmarkConfig
 from fffsweep.pipeline.stages.convert import ConvertRecipe
 from fffsweep.pipeline.stages.finetune import FinetuneRecipe
 from fffsweep.pipeline.stages.prepare import PrepareConfig
@@ -112,13 +113,20 @@ class SweepFinetune(FinetuneRecipe):
 
 
 class Stages(Settings):
-    """Settings of each stage: one of `pretrain` and `convert`. Without `benchmark_cpu` nothing is timed."""
+    """Settings of each stage: one of `pretrain` and `convert`. Without `benchmark_cpu` and `benchmark_gpu` nothing is timed."""
 
     prepare: PrepareConfig
     pretrain: PretrainRecipe | None = None
     convert: ConvertRecipe | None = None
     finetune: SweepFinetune
     benchmark_cpu: BenchmarkConfig | None = None
+    benchmark_gpu: GpuBenchmarkConfig | None = None
+
+    @property
+    def benchmarks(self) -> dict[str, LayerBenchmark]:
+        """The configured stages that time layers."""
+        both = {"benchmark_cpu": self.benchmark_cpu, "benchmark_gpu": self.benchmark_gpu}
+        return {name: benchmark for name, benchmark in both.items() if benchmark is not None}
 
 
 class Replicates(Settings):

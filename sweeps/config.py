@@ -105,14 +105,6 @@ class SweepConfig(Settings):
             raise Misfit(
                 "controls: more than one reference_dense; relative times need a single reference, keep one", "controls", references[1]
             )
-        if self.stages.benchmark_cpu is not None and not references:
-            raise Misfit(
-                "stages.benchmark_cpu without the control reference_dense: relative times need the layer they are relative to; "
-                "add reference_dense(WIDTH) to controls, or leave benchmark_cpu out",
-                "stages",
-                "benchmark_cpu",
-            )
-
         kind = self.model_settings("fff", TreeShape(1, 1)).feedforward
         for index, text in enumerate(self.controls):
             if kind.variant == "original_fff" and text.startswith("random_routing"):
@@ -121,19 +113,25 @@ class SweepConfig(Settings):
                     "remove it",
                     *("controls", index),
                 )
-        if self.stages.benchmark_cpu is not None and (kind.variant == "original_fff" or kind.master_leaf):
-            raise Misfit(
-                f"stages.benchmark_cpu with model.feedforward.variant {kind.variant}, master_leaf {kind.master_leaf}: the kernels compute "
-                "variant fff without a master leaf; leave benchmark_cpu out",
-                *("stages", "benchmark_cpu"),
-            )
-
-        layer = self.stages.benchmark_cpu.layer if self.stages.benchmark_cpu is not None else None
-        if layer is not None and layer >= self.model.num_layers:
-            raise Misfit(
-                f"stages.benchmark_cpu.layer={layer}: expected a layer from 0 to {self.model.num_layers - 1}, or null for the middle one",
-                *("stages", "benchmark_cpu", "layer"),
-            )
+        for stage, benchmark in self.stages.benchmarks.items():
+            if not references:
+                raise Misfit(
+                    f"stages.{stage} without the control reference_dense: relative times need the layer they are relative to; "
+                    f"add reference_dense(WIDTH) to controls, or leave {stage} out",
+                    *("stages", stage),
+                )
+            if kind.variant == "original_fff" or kind.master_leaf:
+                raise Misfit(
+                    f"stages.{stage} with model.feedforward.variant {kind.variant}, master_leaf {kind.master_leaf}: the kernels compute "
+                    f"variant fff without a master leaf; leave {stage} out",
+                    *("stages", stage),
+                )
+            if benchmark.layer is not None and benchmark.layer >= self.model.num_layers:
+                raise Misfit(
+                    f"stages.{stage}.layer={benchmark.layer}: expected a layer from 0 to {self.model.num_layers - 1}, or null for the "
+                    "middle one",
+                    *("stages", stage, "layer"),
+                )
 
     def _check_tasks(self) -> None:
         prepared = self.stages.prepare.task_names
@@ -169,7 +167,7 @@ class SweepConfig(Settings):
         for stage, limits in self.resources.items():
             if limits.gpus and stage not in ON_GPU:
                 raise Misfit(
-                    f"resources.{stage}.gpus={limits.gpus:g}: this stage computes on CPUs; expected 0, GPUs are for {' and '.join(ON_GPU)}",
+                    f"resources.{stage}.gpus={limits.gpus:g}: this stage computes on CPUs; expected 0, GPUs are for {', '.join(ON_GPU)}",
                     *("resources", stage, "gpus"),
                 )
             threads = getattr(getattr(self.stages, stage, None), "cpus", 1)

@@ -28,11 +28,8 @@ def check_conversion(config: SweepConfig) -> None:
                 "control unchanged: an encoder as it is needs stages.convert; remove it", "controls", config.controls.index("unchanged")
             )
         return
-    if config.stages.benchmark_cpu is not None:
-        raise Misfit(
-            "stages.benchmark_cpu with convert: layers are timed in pretrained models alone; leave benchmark_cpu out",
-            *("stages", "benchmark_cpu"),
-        )
+    for stage in config.stages.benchmarks:
+        raise Misfit(f"stages.{stage} with convert: layers are timed in pretrained models alone; leave {stage} out", *("stages", stage))
     pooling, head_size = config.stages.finetune.pooling, config.stages.finetune.head_size
     if pooling != "first" or head_size is not None:
         raise Misfit(

@@ -20,8 +20,8 @@ from fffsweep.sweeps.space import TrialSpec
 class PlannedStage:
     """One stage run of one trial.
 
-    label: `prepare`, `activations`, `rung/<r>/<rung>`, `pretrain/<r>` or `convert/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>` or
-    `collect`.
+    label: `prepare`, `activations`, `rung/<r>/<rung>`, `pretrain/<r>` or `convert/<r>`, `finetune/<r>/<task>/<f>`, `benchmark_cpu/<r>`,
+    `benchmark_gpu/<r>` or `collect`.
     """
 
     label: str
@@ -84,12 +84,10 @@ class Graph:
             if "activations" in pretrain.run.inputs and replicate == 0:
                 stages.append(self._activations(config.convert_config(spec.model, spec.point)))
             stages += [pretrain, *self._finetunings(spec, pretrain, replicate)]
-            if config.stages.benchmark_cpu is not None:
+            for name, benchmark in config.stages.benchmarks.items():
                 read = {"prepare": self._prepare, "pretrain": pretrain, "reference": self._reference_pretraining(replicate)}
                 keys = {role: s.run.key for role, s in read.items()}
-                stages.append(
-                    self._planned(f"benchmark_cpu/{replicate}", "benchmark_cpu", config.stages.benchmark_cpu, replicate, keys, replicate)
-                )
+                stages.append(self._planned(f"{name}/{replicate}", name, benchmark, replicate, keys, replicate))
         inputs = {s.label: s.run.key for s in stages[passed:] if s.label != "activations"}
         return TrialPlan(spec, (*stages, self._planned("collect", "collect", self._collect, 0, inputs)))
 

@@ -10,9 +10,9 @@ from pydantic import Field
 from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Resources
 
-StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "collect"]
-ON_GPU = ("pretrain", "finetune")
-ON_EITHER = (*ON_GPU, "rung")  # a rung is a part of pretraining, and has its resources
+StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "benchmark_gpu", "collect"]
+ON_EITHER = ("pretrain", "rung", "finetune")  # a rung is a part of pretraining, and has its resources
+ON_GPU = ("pretrain", "finetune", "benchmark_gpu")
 
 
 class StageLimits(Settings):
@@ -26,4 +26,6 @@ class StageLimits(Settings):
 
     def applied(self, own: Resources) -> Resources:
         """A stage's own resources with these limits."""
-        return replace(own, cpus=self.cpus or own.cpus, gpus=self.gpus, memory_bytes=self.memory_bytes, timeout_s=self.timeout_s)
+        return replace(
+            own, cpus=self.cpus or own.cpus, gpus=self.gpus or own.gpus, memory_bytes=self.memory_bytes, timeout_s=self.timeout_s
+        )

@@ -26,10 +26,10 @@ def metrics_of(config: SweepConfig) -> list[str]:
     stages = config.stages
     trained = _PRETRAIN if stages.pretrain is not None else _CONVERT
     metrics = ["quality/avg", *(f"task/{task}/selection" for task in stages.finetune.tasks), *trained]
-    if stages.benchmark_cpu is not None:
-        metrics += [f"ff/cpu/{figure}" for figure in _BENCHMARK]
-        for point in stages.benchmark_cpu.points:
-            metrics += [f"ff/cpu/{point.label}/{figure}" for figure in _BENCHMARK]
+    for stage, benchmark in stages.benchmarks.items():
+        device = stage.removeprefix("benchmark_")
+        metrics += [f"ff/{device}/{figure}" for figure in _BENCHMARK]
+        metrics += [f"ff/{device}/{point.label}/{figure}" for point in benchmark.points for figure in _BENCHMARK]
     return metrics
 
 
@@ -37,8 +37,8 @@ def unknown_metric(metric: str, known: list[str]) -> str:
     """What to say of an objective that is not among `known`."""
     if "validation" in metric and not metric.startswith("mlm/"):
         why = "a validation split is only reported; objectives take the rows held out for selection"
-    elif metric.startswith("ff/cpu/") and not any(name.startswith("ff/cpu/") for name in known):
-        why = "no stage produces it, add stages.benchmark_cpu"
+    elif metric.startswith(("ff/cpu/", "ff/gpu/")) and not any(name.startswith(metric[:7]) for name in known):
+        why = f"no stage produces it, add stages.benchmark_{metric[3:6]}"
     else:
         why = "no configured stage produces it"
     return f"objective {metric}: {why}; expected one of {nearest_first(metric, known)}"

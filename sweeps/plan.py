@@ -19,8 +19,8 @@ from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
 
 SCHEMA = "fffsweep.plan/1"
 _MACS_PER_SECOND = 2e10  # of one core in training, as the quickstart runs on AVX-512; for guesses only
-_GUESS_S = {"prepare": 30.0, "benchmark_cpu": 10.0, "collect": 0.1}
-_GUESS_BYTES = {"finetune": 5e4, "benchmark_cpu": 1e5, "collect": 1e4}
+_GUESS_S = {"prepare": 30.0, "benchmark_cpu": 10.0, "benchmark_gpu": 10.0, "collect": 0.1}
+_GUESS_BYTES = {"finetune": 5e4, "benchmark_cpu": 1e5, "benchmark_gpu": 1e5, "collect": 1e4}
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,7 @@ _SHARED = {
     "stages.convert.encoder": "the encoder is what all trials change; vary it between studies",
     "stages.prepare": "all trials share their data; vary it between studies",
     "stages.benchmark_cpu": "trials are comparable only if they are timed alike; vary it between studies",
+    "stages.benchmark_gpu": "trials are comparable only if they are timed alike; vary it between studies",
     "stages.finetune.tasks": "trials are comparable only on the same tasks",
     "model.sequence_length": "it belongs to the data, which all trials share",
 }
@@ -306,8 +307,8 @@ def check_point(config: SweepConfig, point: Point) -> None:
         config.convert_config(model, point)
     for task in config.task_names:
         config.finetune_config(task, point)
-    layer = config.stages.benchmark_cpu.layer if config.stages.benchmark_cpu is not None else None
-    if layer is not None and layer >= model.num_layers:
-        raise ValueError(f"num_layers={model.num_layers} with stages.benchmark_cpu.layer={layer}: there is no such layer")
-    if config.stages.benchmark_cpu is not None and (model.feedforward.variant == "original_fff" or model.feedforward.master_leaf):
-        raise ValueError("stages.benchmark_cpu times variant fff without a master leaf alone; leave benchmark_cpu out")
+    for stage, benchmark in config.stages.benchmarks.items():
+        if benchmark.layer is not None and benchmark.layer >= model.num_layers:
+            raise ValueError(f"num_layers={model.num_layers} with stages.{stage}.layer={benchmark.layer}: there is no such layer")
+        if model.feedforward.variant == "original_fff" or model.feedforward.master_leaf:
+            raise ValueError(f"stages.{stage} times variant fff without a master leaf alone; leave {stage} out")

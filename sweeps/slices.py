@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fffsweep.pipeline.machine import machine_fingerprint
+from fffsweep.pipeline.stage import get_stage
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.book import DONE, ENDED, Book
 from fffsweep.sweeps.config import ConfigError, SweepConfig
@@ -35,7 +36,7 @@ class InlineOptions:
         return bool(self.only) or self.slice_minutes is not None
 
     def check(self, config: SweepConfig, executor: str) -> None:
-        """Raises ConfigError where these do not go with the executor, the config or this machine."""
+        """Raises ConfigError where these do not go with the executor, the config or this machine, ValueError where the config does not."""
         given = [
             option
             for option, value in (("--device", self.device), ("--only", self.only), ("--slice-minutes", self.slice_minutes))
@@ -47,6 +48,8 @@ class InlineOptions:
             raise ConfigError(f"--slice-minutes {self.slice_minutes:g}: expected more than 0")
         if self.is_part and config.early_stopping is not None:
             raise ConfigError(f"{given[-1]} with early_stopping: its trials advance together, not one by one; leave one of the two out")
+        if config.stages.benchmark_gpu is not None:
+            get_stage("benchmark_gpu").fingerprints(config.stages.benchmark_gpu)  # refuses a machine without a GPU
         if self.device == "cuda" and (missing := no_cuda()) is not None:
             raise ConfigError(f"--device cuda: {missing}; run where there is one, or give --device cpu")
 

@@ -24,7 +24,6 @@ from fffsweep.kernels.verify import verify
 SCHEMA = 1
 DEVICE = "cuda"
 GATE_TOKENS = 48
-GRAPH_S = 0.002  # a graph holds as many calls as take this long
 SLOW_FACTOR = 30.0  # implementations that far behind the fastest are timed by one call alone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -161,14 +160,8 @@ def _time(rows: list[Row], calls: dict[int, Callable[[], object]], tokens: int, 
             row["ns_per_token"] = row["q20"] = row["q80"] = 1e9 * row["once_s"] / tokens
             row["noisy"] = True
             continue
-        # emptied caches are full again after the first call of a graph
-        repeats = 1 if options.mode == "cold" else max(1, min(50, int(GRAPH_S / row["once_s"])))
-        try:
-            ready[str(at)] = timing.graphed(call, repeats), repeats
-            row["graph"] = True
-        except RuntimeError:
-            torch.cuda.synchronize()
-            ready[str(at)] = call, 1
+        ready_call, repeats, row["graph"] = timing.captured(call, row["once_s"], options.mode)
+        ready[str(at)] = ready_call, repeats
     flush = options.mode == "cold"
     scale = 1e9 / tokens
     for name, series in timing.interleave(ready, min_time_s=options.min_time, flush=flush).items() if ready else ():

@@ -10,6 +10,7 @@ import torch
 
 from fffsweep.kernels.timing import Series, summarise
 
+GRAPH_S = 0.002  # a graph holds as many calls as take this long
 FLUSH_BYTES = 256 << 20  # several times any second-level cache
 Call = Callable[[], object]
 
@@ -27,6 +28,23 @@ def graphed(call: Call, repeats: int) -> Call:
         for _ in range(repeats):
             call()
     return graph.replay
+
+
+def captured(call: Call, once_s: float, mode: str) -> tuple[Call, int, bool]:
+    """A call as a CUDA graph, how often that does its work, and whether it is one: what cannot be captured is launched plainly."""
+    # emptied caches are full again after the first call of a graph
+    repeats = 1 if mode == "cold" else max(1, min(50, int(GRAPH_S / once_s)))
+    try:
+        return graphed(call, repeats), repeats, True
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, 1, False
+
+
+def time_layers(calls: dict[str, Call], mode: str, min_time_s: float) -> dict[str, Series]:
+    """Seconds of one run of each layer, alternating, inside CUDA graphs where they can be; "cold" overwrites the caches before each."""
+    ready = {name: captured(call, once(call), mode)[:2] for name, call in calls.items()}
+    return interleave(ready, min_time_s=min_time_s, flush=mode == "cold")
 
 
 def interleave(calls: dict[str, tuple[Call, int]], *, min_time_s: float, flush: bool, min_rounds: int = 7) -> dict[str, Series]:

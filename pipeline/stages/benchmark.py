@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,10 +11,20 @@ from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Metrics, Resources, StageContext
 
 
-class BenchmarkPoint(Settings):
-    """One condition under which both layers are timed. mode `cold`: weights of twelve layers take turns, as in a model."""
+class TimedPoint(Settings):
+    """One condition under which both layers are timed."""
 
     tokens: Count = Field(default=128, ge=1)
+
+    @property
+    def label(self) -> str:
+        """Name in metrics."""
+        raise AssertionError("each kind of point has its own label")
+
+
+class BenchmarkPoint(TimedPoint):
+    """A condition on CPUs. mode `cold`: weights of twelve layers take turns, as in a model."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Count = Field(default=1, ge=1)
     mode: Literal["cold", "hot"] = "cold"
@@ -25,24 +35,30 @@ class BenchmarkPoint(Settings):
         return f"{self.tokens}_{self.dtype}_{self.threads}t_{self.mode}"
 
 
-class BenchmarkConfig(Settings):
-    """Where and how long is timed. The first point is the one that `ff/cpu/rel_time` means.
+class LayerBenchmark(Settings):
+    """Where and how long is timed. The first point is the one that a `rel_time` without a point means.
 
     layer: which layer of the encoder; null for the middle one. num_activation_tokens: real inputs of the layer to draw from.
     """
 
-    points: tuple[BenchmarkPoint, ...] = Field(default=(BenchmarkPoint(),), min_length=1)
+    points: tuple[TimedPoint, ...] = Field(min_length=1)
     layer: Count | None = Field(default=None, ge=0)
     num_activation_tokens: Count = Field(default=16384, ge=1)
     min_time_s: Number = Field(default=0.5, gt=0, description="least time of one measurement")
 
     @model_validator(mode="after")
-    def _points_differ(self) -> BenchmarkConfig:
+    def _points_differ(self) -> Self:
         labels = [point.label for point in self.points]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"points: {label} is given twice; keep one")
         return self
+
+
+class BenchmarkConfig(LayerBenchmark):
+    """Timing on CPUs."""
+
+    points: tuple[BenchmarkPoint, ...] = Field(default=(BenchmarkPoint(),), min_length=1)
 
 
 class BenchmarkCpu:

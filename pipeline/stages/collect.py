@@ -1,6 +1,6 @@
 """Stage `collect`: what a trial amounts to, over all its replicates.
 
-Input roles: `pretrain/r` or `convert/r`, `finetune/r/task/f`, `benchmark_cpu/r`.
+Input roles: `pretrain/r` or `convert/r`, `finetune/r/task/f`, `benchmark_cpu/r`, `benchmark_gpu/r`.
 """
 
 from __future__ import annotations

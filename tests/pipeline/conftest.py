@@ -101,3 +101,28 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+LAYERS = {
+    "reference": {"variant": "dense", "trees": 127},
+    "fff": {"variant": "fff", "trees": 1, "depth": 6},
+    "random": {"variant": "random_routing", "trees": 1, "depth": 6},
+    "none": {"variant": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Encoders with each kind of layer, for timing: a folder each, by the names of LAYERS."""
+    import torch
+
+    from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+
+    folder = tmp_path_factory.mktemp("models")
+    for name, feedforward in LAYERS.items():
+        torch.manual_seed(0)
+        config = FffConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=16, feedforward=feedforward
+        )
+        FffForMaskedLM(config).save_pretrained(folder / name / "model")
+    return folder

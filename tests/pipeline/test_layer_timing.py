@@ -6,27 +6,8 @@ import pytest
 import torch
 
 from fffsweep.pipeline import layer_timing
-from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+from fffsweep.pipeline.model import FffForMaskedLM
 from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, BenchmarkCpu, BenchmarkPoint
-
-FIELDS = {
-    "reference": {"variant": "dense", "trees": 127},
-    "fff": {"variant": "fff", "trees": 1, "depth": 6},
-    "random": {"variant": "random_routing", "trees": 1, "depth": 6},
-    "none": {"variant": "none"},
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, feedforward in FIELDS.items():
-        torch.manual_seed(0)
-        config = FffConfig(
-            vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=16, feedforward=feedforward
-        )
-        FffForMaskedLM(config).save_pretrained(folder / name / "model")
-    return folder
 
 
 @pytest.fixture
@@ -68,7 +49,7 @@ def test_no_layer_takes_no_time(run):
 
 def test_inputs_are_those_of_the_middle_layer(new_context, models, tiny_data):
     held_out = layer_timing.PreparedData(tiny_data).corpus("validation")
-    layer, seen = layer_timing._layer_and_inputs(models / "fff", BenchmarkConfig(num_activation_tokens=100), held_out)
+    layer, seen = layer_timing.layer_and_inputs(models / "fff", BenchmarkConfig(num_activation_tokens=100), held_out)
     assert layer.layer == 1
     model = FffForMaskedLM.from_pretrained(models / "fff" / "model").eval().encoder
     ids = torch.from_numpy(held_out[:32].astype("int64"))

@@ -49,6 +49,18 @@ def test_inputs_come_before_whoever_reads_them(graph):
             seen.add(stage.run.key)
 
 
+def test_a_layer_may_be_timed_on_a_gpu_too(monkeypatch):
+    with pytest.raises(ValueError, match="nvidia-smi lists no GPU"):
+        graph_of("stages.benchmark_gpu={}")
+    monkeypatch.setattr("fffsweep.pipeline.stages.benchmark_gpu.machine", lambda: {"gpus": ["NVIDIA H100"]})
+    graph = graph_of("stages.benchmark_gpu={}")
+    for stages in graph.values():
+        timed = stages["benchmark_gpu/0"]
+        assert timed.run.inputs == stages["benchmark_cpu/0"].run.inputs
+        assert (timed.resources.gpus, timed.resources.exclusive) == (1.0, True)
+        assert stages["collect"].run.inputs["benchmark_gpu/0"] == timed.run.key
+
+
 def test_every_layer_is_timed_against_the_reference_of_the_same_replicate():
     graph = graph_of("seeds={pretrain: 2, finetune: 1}")
     for stages in graph.values():

@@ -29,6 +29,7 @@ def test_limits_change_what_a_stage_occupies_and_no_key(tiny_directory_config):
     assert limits.applied(Resources(cpus=3)) == Resources(cpus=3, gpus=0.5, memory_bytes=4 * 10**9, timeout_s=60)
     assert limits.retries == 5
     assert config.limits_of("finetune") == StageLimits()
+    assert StageLimits().applied(Resources(gpus=1.0)).gpus == 1.0  # a stage that is nothing without a GPU
     assert canonical_json(config.stages.identity()) == canonical_json(tiny_directory_config.stages.identity())
 
 

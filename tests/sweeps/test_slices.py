@@ -1,11 +1,11 @@
 """Slices of a sweep: which trials fit, on which device stages run, and results that travel."""
 
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 
+from fffsweep.cli import main
 from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps import executors, slices
@@ -106,6 +106,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_directory_config, monkeypatc
         ("cuda", "rung", 0, "cuda"),
         ("cuda", "collect", 0, "cpu"),
         ("cpu", "pretrain", 1, "cpu"),
+        ("cpu", "benchmark_gpu", 1, "cuda"),
         (None, "pretrain", 1, "cuda"),
         (None, "pretrain", 0, "cpu"),
     ],
@@ -120,19 +121,23 @@ def test_stages_that_can_run_on_a_gpu_follow_the_device(tmp_path, monkeypatch, d
 
 
 @pytest.mark.integration
-def test_slices_are_merged_elsewhere_and_reported(tmp_path):
+def test_slices_are_merged_elsewhere_and_reported(tmp_path, monkeypatch, capfd, empty_mlflow):
     def fffsweep(*arguments, code=0):
-        command = [sys.executable, "-P", "-c", "from fffsweep.cli import main; main()", *map(str, arguments)]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr}"
-        return ended.stdout + ended.stderr
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        told = "".join(capfd.readouterr())
+        assert ended.value.code == code, told
+        return told
 
+    monkeypatch.chdir(tmp_path)
+    for folder in ("results", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(empty_mlflow, tmp_path / folder / "mlflow.db")
     write_data(tmp_path)
     (tmp_path / "sliced.yaml").write_text(CONFIG.replace("PATH", str(tmp_path)).replace("tiny-directory", "sliced"))
     run = ("run", "sliced.yaml", "--executor", "inline", "--device", "cpu")
     assert "expected one of 1x3, 15x0, none" in fffsweep(*run, "--only", "1x4", code=2)
-    told = fffsweep(*run, "--slice-minutes", "0.0001")
-    assert "2 trials are left: 1x3, none\nThe same command goes on from here." in told
+    assert "2 trials are left: 1x3, none\nThe same command goes on from here." in fffsweep(*run, "--slice-minutes", "0.0001")
     assert "nothing was begun: trial 1x3 takes about" in fffsweep(*run, "--slice-minutes", "0.0001", code=2)
     assert "1 trials are left: none" in fffsweep(*run, "--only", "1x3", "--slice-minutes", "30")
     fffsweep("export-results", "sliced", "first", "--without-weights")
