@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,15 @@ class Store:
     def drop_work(self, key: str) -> None:
         """Remove what `save_work` put elsewhere."""
 
+    def tidy(self) -> None:
+        """Remove the work folders of finished runs: a process may be killed between publishing its result and clearing up."""
+        for work in (self.root / "work").glob("*"):
+            if self.has(work.name):
+                shutil.rmtree(work, ignore_errors=True)
+
     def _put_manifest(self, manifest: Manifest) -> None:
         """Add a manifest, all of whose objects are there, unless its key has one."""
-        _write_new(self.manifest_path(manifest.key), _plain(manifest))
+        create_whole(self.manifest_path(manifest.key), partial(Path.write_bytes, data=_plain(manifest)))
 
     def _put_object(self, source: Path) -> Artifact:
         sha256, num_bytes = sha256_of(source), source.stat().st_size
@@ -202,15 +209,17 @@ def _plain(manifest: Manifest) -> bytes:
     return json.dumps(manifest.to_json(), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def _write_new(target: Path, data: bytes) -> None:
-    """Create `target` whole, or leave the one that is there: a hard link fails where a rename would overwrite."""
+def create_whole(target: Path, make: Callable[[Path], object]) -> None:
+    """Create `target` by `make`, whole or not at all, or leave the one that is there: a hard link fails where a rename would overwrite."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    aside.write_bytes(data)
-    _sync(aside)
-    with contextlib.suppress(FileExistsError):
-        os.link(aside, target)
-    aside.unlink()
+    try:
+        make(aside)
+        _sync(aside)
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
     _sync(target.parent)
 
 

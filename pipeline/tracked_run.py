@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fffsweep.pipeline.execute import read_curve
@@ -53,6 +53,11 @@ class TrackedRun:
         """Its tags, those it is found again by among them, none longer than a server takes."""
         found = {TRIAL: self.trial, KEY: self.key, **({} if self.label is None else {LABEL: self.label}), **self.tags}
         return {name: mask(value)[:_TAG_LENGTH] for name, value in found.items()}
+
+    def after(self, before: TrackedRun) -> TrackedRun:
+        """One run for what would be written twice."""
+        tags, params = {**before.tags, **self.tags}, {**before.params, **self.params}
+        return replace(self, key=self.key or before.key, started_ms=before.started_ms, tags=tags, params=params)
 
 
 def open_trial(trial: str, config: Mapping[str, Any], tags: Mapping[str, str]) -> TrackedRun:

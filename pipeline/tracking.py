@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +27,12 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from mlflow.tracking import MlflowClient
 
-from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.store import Store, create_whole
 from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Point, TrackedRun
 
 _PARENT, _NAME, _NOTE, _MADE_OF = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "fffsweep.made_of"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that one log_batch call may hold
-_LARGEST = 1.7976931348623157e308  # what MLflow writes for infinity
+_SQLITE, _LARGEST = "sqlite:///", 1.7976931348623157e308  # the latter is what MLflow writes for infinity
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ class Tracker:
     """One sweep's experiment. Writing a run again changes nothing: what is there already is left as it is."""
 
     def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None) -> None:
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for chatty in ("mlflow.store.db.utils", "alembic"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        if (path := uri.removeprefix(_SQLITE)) != uri and not Path(path).exists():
+            create_whole(Path(path), _lay_out)
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         location = (artifact_root / experiment).resolve().as_uri() if artifact_root else None
@@ -82,12 +84,12 @@ class Tracker:
                 fresh[run_id] = run, None if run.label is None else self._trials[run.trial].run_id
             elif known.run_id in fresh:
                 run_id, before, parent = known.run_id, *fresh[known.run_id]
-                fresh[run_id] = _merged(before, run), parent
+                fresh[run_id] = run.after(before), parent
             elif run.label is None and run.status == "RUNNING" and known.status == "FINISHED":
                 continue  # it stays as it is until its trial has new values
             else:
                 run_id = known.run_id
-                changed[run_id] = _merged(changed[run_id], run) if run_id in changed else run
+                changed[run_id] = run.after(changed[run_id]) if run_id in changed else run
             self._remember(Known(run_id, run.trial, run.label, run.key or (known.key if known else ""), run.status))
         given = self._runs.insert(fresh)
         self._runs.update(changed)
@@ -151,6 +153,11 @@ class Tracker:
         for run in sorted(self._runs.all(), key=lambda run: run.status == "FINISHED"):
             self._remember(run)
         self._is_current = True
+
+
+def _lay_out(path: Path) -> None:
+    """MLflow's empty tables in a file: dozens of migrations, of which no half can be mended afterwards."""
+    MlflowClient(tracking_uri=f"{_SQLITE}{path.resolve()}")._tracking_client.store.engine.dispose()
 
 
 def is_refused(error: Exception) -> bool:
@@ -295,12 +302,6 @@ class _Server:
             self._client.update_run(run_id, "RUNNING")
         else:
             self._client.set_terminated(run_id, run.status, run.ended_ms)
-
-
-def _merged(before: TrackedRun, after: TrackedRun) -> TrackedRun:
-    """One row for what would be written twice."""
-    tags, params = {**before.tags, **after.tags}, {**before.params, **after.params}
-    return replace(after, key=after.key or before.key, started_ms=before.started_ms, tags=tags, params=params)
 
 
 def _add(session: Any, table: Any, rows: list[dict[str, Any]]) -> None:

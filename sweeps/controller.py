@@ -128,6 +128,7 @@ class Controller:
             self._slice.check([plan.spec.id for plan in changes.plans])
         for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
             left.unlink(missing_ok=True)
+        self._store.tidy()
         self._event("started", executor=self._executor_name)
         self._adopt(changes)
         self._save(force=True)

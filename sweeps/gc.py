@@ -53,6 +53,7 @@ def find(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list
             why = "left of an interrupted write" if path.name.startswith(".") else "held by no result"
             found.append(Garbage(path, path.stat().st_size, why))
     found += [Garbage(path, path.stat().st_size, "left of an interrupted write") for path in (store.root / "manifests").glob("*/.*")]
+    found += [Garbage(path, path.stat().st_size, "left of a killed process") for path in results.glob(".mlflow.db.*")]
     for path in (store.root / "work").glob("*"):
         key = path.name.removesuffix(".lock")
         if not _KEY.fullmatch(key):

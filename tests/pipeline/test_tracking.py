@@ -1,6 +1,9 @@
 """MLflow as a projection: complete, nested, and the same however often it is told."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -63,6 +66,22 @@ def test_a_trial_is_a_parent_run_and_its_stages_are_children(uri, store, tmp_pat
     assert child.info.end_time - child.info.start_time == 2500
     curve = MlflowClient(tracking_uri=uri).get_metric_history(child.info.run_id, "curve/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 9.0), (1, 8.0), (2, 7.0)]
+
+
+def test_a_process_killed_while_it_lays_out_the_database_leaves_none(tmp_path):
+    """Of MLflow's migrations no half can be mended: every later driver would be refused."""
+    program = "import sys; from fffsweep.pipeline.tracking import Tracker; Tracker(sys.argv[1], 'killed')"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed = subprocess.Popen([sys.executable, "-P", "-c", program, uri])
+    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db.*")):
+        assert killed.poll() is None
+        time.sleep(0.001)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    tracker = Tracker(uri, "again")
+    tracker.write([open_trial("1x8", {}, {})])
+    assert len(runs_of(uri, "again")) == 1
 
 
 def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_path):

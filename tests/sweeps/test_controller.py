@@ -17,6 +17,7 @@ from fffsweep.pipeline.execute import KeyBusy
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
+from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
@@ -158,6 +159,16 @@ def test_again_everything_is_reused_and_nothing_is_told_twice(tmp_path):
     assert {stage["state"] for trial in record["trials"] for stage in trial["stages"]} == {"reused"}
     assert len(runs_of(tmp_path)) == num_runs == 2 + 2 * 4
     assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
+
+
+def test_work_that_a_killed_process_left_of_a_finished_run_is_cleared(tmp_path):
+    drive(tmp_path)
+    store = Store(tmp_path / "store")
+    finished, other = store.work_path(next(store.keys())), store.work_path("0" * 64)
+    for work in (finished, other):
+        (work / "attempt-1" / "output").mkdir(parents=True)
+    drive(tmp_path)
+    assert (finished.exists(), other.exists()) == (False, True)
 
 
 def test_an_extended_study_runs_only_what_is_new(tmp_path):
