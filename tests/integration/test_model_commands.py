@@ -21,8 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_the_pick_is_written_down(trained):
-    (path,) = (trained / "studies" / "tiny" / "picks").glob("*.json")
-    pick = json.loads(path.read_text())
+    pick = json.loads((study_folder(trained, "tiny") / "picks" / "champion.json").read_text())
     assert (pick["state"], pick["model"]) == ("complete", {"name": "tiny stsb", "version": "1"})
     fresh = pick["evidence"]["fresh"]
     assert fresh["seeds"] == [1]
