@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -69,7 +70,7 @@ class FeedForward(Settings):
         TreeShape(self.trees, self.depth)
         return self
 
-    @property
+    @cached_property
     def shape(self) -> TreeShape | None:
         """Trees and depth; a dense layer is depth 0; None without a feedforward layer."""
         return None if self.variant == "none" else TreeShape(self.trees, self.depth)

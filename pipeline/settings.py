@@ -23,16 +23,17 @@ class Settings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """`resolved` without `locations`, in nested blocks too: what can determine a result. Keys hash this."""
+        found: dict[str, Any] = _identity(self, self.resolved())
+        return found
 
-        def identity_of(value: Any, plain: Any) -> Any:
-            if isinstance(value, Settings):
-                return value.identity()
-            if isinstance(value, tuple | list):
-                return [identity_of(*pair) for pair in zip(value, plain, strict=True)]
-            return plain
 
-        plain = self.resolved()
-        return {name: identity_of(getattr(self, name), plain[name]) for name in plain if name not in self.locations}
+def _identity(value: Any, plain: Any) -> Any:
+    """`plain` is what `value` resolves to."""
+    if isinstance(value, Settings):
+        return {name: _identity(getattr(value, name), plain[name]) for name in plain if name not in value.locations}
+    if isinstance(value, tuple | list):
+        return [_identity(*pair) for pair in zip(value, plain, strict=True)]
+    return plain
 
 
 def parse_count(value: Any) -> Any:
@@ -68,6 +69,9 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 Number = Annotated[float, BeforeValidator(parse_number)]
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """The one text of a JSON value that hashes are taken of: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)

@@ -108,15 +108,20 @@ class StageRun:
     @cached_property
     def key(self) -> str:
         """40 hexadecimal digits of SHA-256 over everything above, `identity` in the place of `config`."""
-        hashed = {
-            "stage": self.stage,
-            "version": self.version,
-            "config": self.config if self.identity is None else self.identity,
-            "seed": self.seed,
-            "inputs": self.inputs,
-            "fingerprints": self.fingerprints,
-        }
-        return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()[:40]
+        inputs, others = canonical_json(self.inputs), self._others
+        return hashlib.sha256(f'{others[0]},"inputs":{inputs},"seed":{self.seed:d},{others[1]}'.encode()).hexdigest()[:40]
+
+    @cached_property
+    def _others(self) -> tuple[str, str]:
+        """Canonical JSON of all that is hashed, before and after inputs and seed: large, and the same in many runs of a sweep."""
+        hashed = {"config": self.config if self.identity is None else self.identity, "fingerprints": self.fingerprints}
+        return canonical_json(hashed)[:-1], canonical_json({"stage": self.stage, "version": self.version})[1:]
+
+    def again(self, seed: int, inputs: Mapping[str, str]) -> StageRun:
+        """The same with another seed and other inputs."""
+        run = StageRun(self.stage, self.version, self.config, seed, dict(inputs), self.fingerprints, self.identity)
+        run.__dict__["_others"] = self._others
+        return run
 
 
 _STAGES = {

@@ -83,9 +83,11 @@ class SweepConfig(Settings):
                 raise Misfit(
                     f"{field}=[]: the space is empty; expected at least one, such as {'1x11' if field == 'layouts' else '11'}", field
                 )
+            seen: set[object] = set()
             for index, value in enumerate(values or []):
-                if value in (values or [])[:index]:
+                if value in seen:
                     raise Misfit(f"{field}[{index}]={value}: given twice; keep one", field, index)
+                seen.add(value)
         if self.layouts is None and not by_width and not searched:
             raise Misfit(
                 "layouts: missing, so the space is empty; expected a list such as [1x11, 4x9], depth and width, or a layout in search.space"

@@ -154,7 +154,7 @@ class Graph:
         if (name, id(settings)) not in self._known:  # the settings are kept too, so no others get their id
             self._known[name, id(settings)] = settings, stage_run(name, settings), get_stage(name).resources(settings)
         _, run, resources = self._known[name, id(settings)]
-        return PlannedStage(label, replace(run, seed=seed, inputs=dict(inputs or {})), resources, replicate)
+        return PlannedStage(label, run.again(seed, inputs or {}), resources, replicate)
 
 
 def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:

@@ -73,9 +73,10 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     stored = load(study_folder(results, config.name))
     check_extends(config, stored)
     store = open_store(results / "store")
-    plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if store.has(key) else None)
+    stored_keys = frozenset(store.keys())
+    plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if key in stored_keys else None)
     runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
-    cached = {key for key in runs if store.has(key)}
+    cached = stored_keys & runs.keys()
     history = History(store)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     core_seconds = alone_seconds = 0.0
@@ -99,7 +100,7 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     num_bytes = sum(stage.num_bytes for stage in stages)
     schedule = None
     if cluster is not None:
-        schedule = simulate([simulated[key] for key in runs if key in simulated], frozenset(cached), cluster, num_bytes)
+        schedule = simulate([simulated[key] for key in runs if key in simulated], cached, cluster, num_bytes)
     return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, num_bytes, tuple(notes), schedule)
 
 
@@ -134,7 +135,7 @@ def to_lines(plan: Plan) -> Iterator[str]:
         )
 
 
-def _summary(plan: TrialPlan, cached: set[str]) -> TrialSummary:
+def _summary(plan: TrialPlan, cached: frozenset[str]) -> TrialSummary:
     spec = plan.spec
     num_cached = sum(stage.run.key in cached for stage in plan.stages)
     return TrialSummary(spec.id, spec.layout, spec.controls, spec.in_study, len(plan.stages), num_cached)

@@ -1,7 +1,9 @@
 """The result store: whole or absent, never changed, verified when read."""
 
+import hashlib
 import json
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 
@@ -96,8 +98,6 @@ def test_many_publishers_of_one_key_leave_one_manifest(store, tmp_path):
 
 
 def test_the_key_depends_on_everything_that_determines_a_result():
-    from dataclasses import replace
-
     others = [
         replace(RUN, stage="finetune"),
         replace(RUN, version=2),
@@ -108,3 +108,19 @@ def test_the_key_depends_on_everything_that_determines_a_result():
     ]
     assert len({run.key for run in [RUN, *others]}) == len(others) + 1
     assert replace(RUN, config={"tokens": 10, "path": "there"}).key == RUN.key
+
+
+def test_the_key_is_the_hash_of_one_json_text():
+    """Stores outlive versions: the text is put together from parts, which must give what it always was."""
+    hashed = {
+        "stage": RUN.stage,
+        "version": RUN.version,
+        "config": RUN.config if RUN.identity is None else RUN.identity,
+        "seed": 5,
+        "inputs": {"b": "1" * 40, "a": "2" * 40},
+        "fingerprints": {"data": "ä"},
+    }
+    run = replace(RUN, fingerprints=hashed["fingerprints"])
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert run.again(5, hashed["inputs"]).key == hashlib.sha256(text.encode()).hexdigest()[:40]
+    assert run.again(5, hashed["inputs"]) == replace(run, seed=5, inputs=hashed["inputs"])
