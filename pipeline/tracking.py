@@ -137,9 +137,7 @@ class Tracker:
             self._remember(Known(run.run_id, run.trial, run.label, run.key, after.status))
 
     def _known(self, run: TrackedRun) -> Known | None:
-        if run.label is None:
-            return self._trials.get(run.trial)
-        return self._stages.get((run.trial, run.label, run.key))
+        return self._trials.get(run.trial) if run.label is None else self._stages.get((run.trial, run.label, run.key))
 
     def _remember(self, run: Known) -> None:
         if run.label is None:
@@ -171,7 +169,7 @@ def is_outside(error: Exception) -> bool:
 
 
 class _Runs(Protocol):
-    """The runs of one experiment, wherever they are kept."""
+    """The runs of one experiment's trials and stages, wherever they are kept; those of picks and reports are not its own."""
 
     def all(self) -> Iterator[Known]: ...
     def insert(self, runs: Mapping[str, tuple[TrackedRun, str | None]]) -> dict[str, str]:
@@ -202,8 +200,7 @@ class _Database:
         )
         with self._store.ManagedSessionMaker() as session:
             found = session.execute(query).all()
-        for run_id, status, trial, label, key in found:
-            yield Known(run_id, trial or "", label, key or "", status)
+        yield from (Known(run_id, trial, label, key or "", status) for run_id, status, trial, label, key in found if trial)
 
     def insert(self, runs: Mapping[str, tuple[TrackedRun, str | None]]) -> dict[str, str]:
         if not runs:
@@ -266,9 +263,8 @@ class _Server:
         token = None
         while True:
             page = self._client.search_runs([self._experiment], max_results=_BATCH, page_token=token)
-            for run in page:
-                tags = run.data.tags
-                yield Known(run.info.run_id, tags.get(TRIAL, ""), tags.get(LABEL), tags.get(KEY, ""), run.info.status)
+            for info, tags in ((run.info, run.data.tags) for run in page if run.data.tags.get(TRIAL)):
+                yield Known(info.run_id, tags[TRIAL], tags.get(LABEL), tags.get(KEY, ""), info.status)
             token = page.token
             if not token:
                 return
@@ -345,17 +341,21 @@ def register_model(
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     noted = {"fffsweep.pick": alias, _NOTE: description, **tags}
     run = client.create_run(_experiment(client, experiment), tags=noted, run_name=f"pick {alias}")
-    with tempfile.TemporaryDirectory() as made:
-        packed = Path(made) / "model"
-        mlflow.pyfunc.save_model(packed, loader_module="fffsweep.pipeline.predict", data_path=str(folder), pip_requirements=["fffsweep"])
-        client.log_artifacts(run.info.run_id, str(packed), "model")
-    for file, content in files.items():
-        client.log_dict(run.info.run_id, content, file)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=f"Models picked from sweep {experiment}")
-    version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=dict(tags), description=description)
-    client.set_registered_model_alias(name, alias, version.version)
-    client.set_terminated(run.info.run_id, "FINISHED")
+    ended = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory() as made:
+            mlflow.pyfunc.save_model(made, loader_module="fffsweep.pipeline.predict", data_path=str(folder), pip_requirements=["fffsweep"])
+            client.log_artifacts(run.info.run_id, made, "model")
+        for file, content in files.items():
+            client.log_dict(run.info.run_id, content, file)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description=f"Models picked from sweep {experiment}")
+        source = f"{run.info.artifact_uri}/model"
+        version = client.create_model_version(name, source, run.info.run_id, tags=dict(tags), description=description)
+        client.set_registered_model_alias(name, alias, version.version)
+        ended = "FINISHED"
+    finally:
+        client.set_terminated(run.info.run_id, ended)
     return str(version.version)
 
 

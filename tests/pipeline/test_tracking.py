@@ -6,12 +6,13 @@ import sys
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.stage import StageRun
 from fffsweep.pipeline.store import Store
 from fffsweep.pipeline.tracked_run import ended_trial, failed_stage, finished_stage, open_trial
-from fffsweep.pipeline.tracking import Tracker
+from fffsweep.pipeline.tracking import Tracker, register_model
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,27 @@ def test_no_run_is_left_running_and_a_resumed_trial_is_finished(uri, store, tmp_
     third.write([ended_trial("1x8", "FINISHED", {"quality/avg": 1.0}, "key")])
     third.close()
     assert [run.info.status for run in runs_of(uri, "killed")] == ["FINISHED"]
+
+
+def test_the_run_of_a_pick_or_report_under_way_is_not_the_tracker_s(uri, store, tmp_path):
+    """They lie in the same experiment and are other processes', which end them themselves."""
+    tracker = Tracker(uri, "shared", tmp_path)
+    tracker.write([open_trial("1x8", {}, {})])
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("shared").experiment_id
+    client.create_run(experiment, tags={"fffsweep.pick": "champion"}, run_name="pick champion")
+    second = Tracker(uri, "shared", tmp_path)
+    assert second.audit({}, store, repair=True) == ["MLflow run 1x8 of 1x8 is left RUNNING"]
+    second.close()
+    statuses = {run.info.run_name: run.info.status for run in runs_of(uri, "shared")}
+    assert statuses == {"1x8": "KILLED", "pick champion": "RUNNING"}
+
+
+def test_a_model_that_cannot_be_registered_leaves_a_failed_run(uri, tmp_path):
+    Tracker(uri, "unregistered", tmp_path)
+    with pytest.raises((OSError, MlflowException)):
+        register_model(uri, "unregistered", "no model", "champion", tmp_path / "nothing there", "", {}, {})
+    assert [run.info.status for run in runs_of(uri, "unregistered")] == ["FAILED"]
 
 
 def test_a_trial_that_grew_shows_its_new_values(uri, tmp_path):
