@@ -15,6 +15,7 @@ from fffsweep.dashboards import paper
 from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, with_interval
 from fffsweep.dashboards.trial import TrialView
+from fffsweep.sweeps.pareto import front as non_dominated
 from fffsweep.sweeps.pareto import hypervolume
 
 Spec = dict[str, Any]
@@ -127,8 +128,12 @@ def error_bars(trials: Sequence[TrialView], metric: str) -> Spec | None:
     return {"type": "data", "symmetric": False, "array": [b[1] for b in bounds], "arrayminus": [b[0] for b in bounds], "thickness": 1}
 
 
-def hover(view: StudyView, trial: TrialView, metrics: Sequence[str]) -> str:
+def hover(view: StudyView, trial: TrialView, metrics: tuple[str, ...]) -> str:
     """What a point says of its trial."""
+    return view.memo(("hover", trial.id, metrics), lambda: _hover(view, trial, metrics))
+
+
+def _hover(view: StudyView, trial: TrialView, metrics: tuple[str, ...]) -> str:
     shape = trial.shape
     size = (
         "no feedforward" if shape is None else f"{shape.trees} trees of depth {shape.depth}, active {trial.active_width} of {trial.width}"
@@ -301,7 +306,12 @@ def hypervolume_over_time(view: StudyView) -> Figure | None:
     worst = [(min if up else max)(column) for column, up in zip(zip(*values, strict=True), view.maximize, strict=True)]
     step = max(1, len(trials) // 100)
     counts = sorted({*range(1, len(trials) + 1, step), len(trials)})
-    volumes = [hypervolume(values[:count], view.maximize, worst) for count in counts]
+    volumes: list[float] = []
+    members: list[list[float]] = []
+    for start, count in zip([0, *counts], counts, strict=False):  # what is dominated once stays so: only the front goes on
+        members += values[start:count]
+        members = [row for row, leads in zip(members, non_dominated(members, view.maximize), strict=True) if leads]
+        volumes.append(hypervolume(members, view.maximize, worst))
     if volumes[-1] == 0:
         return None
     rows = [{"trials": count, "hypervolume": volume / volumes[-1]} for count, volume in zip(counts, volumes, strict=True)]

@@ -106,8 +106,8 @@ def objective_choices(view: StudyView) -> list[str]:
     """Metrics that may be an axis: those that every finished trial of the study has."""
 
     def found() -> list[str]:
-        own = [set(trial.averages) for trial in view.finished if trial.in_study]
-        shared = set.intersection(*own) if own else set()
+        own = [trial.averages.keys() for trial in view.finished if trial.in_study]
+        shared = set(own[0]).intersection(*own[1:]) if own else set(view.objectives)
         return sorted(shared, key=lambda name: (name not in view.objectives, not name.startswith(("quality", "task", "glue")), name))
 
     return view.memo("choices", found)

@@ -247,7 +247,7 @@ class StudyView:
     @cached_property
     def points(self) -> list[Point]:
         """Benchmark points that some trial was timed at, by tokens."""
-        names = {name for trial in self.finished for name in trial.metrics if name.endswith("/rel_time")}
+        names = set[str]().union(*(trial.averages.keys() for trial in self.finished))
         found = [match for name in names if (match := _POINT.fullmatch(name))]
         points = [Point(match[0].split("/")[2], int(match[1]), match[2], int(match[3]), match[4]) for match in found]
         return sorted(points, key=lambda point: (point.mode, point.dtype, point.threads, point.tokens))

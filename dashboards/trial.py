@@ -74,12 +74,12 @@ class TrialView:
     def _layer(self) -> FeedForward:
         return _feedforward(json.dumps(self.model["feedforward"]))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Neurons stored in a layer; 0 without one."""
         return self._layer.width
 
-    @property
+    @cached_property
     def active_width(self) -> int:
         """Neurons used for one token; 0 without a layer."""
         return self._layer.active_width
@@ -116,7 +116,7 @@ class TrialView:
     @cached_property
     def averages(self) -> dict[str, float]:
         """Metrics without the values of single replicates."""
-        return {name: value for name, value in self.metrics.items() if name.rpartition("/")[0] not in self.metrics}
+        return _averages(self._store.root, self.collect_key) if self.metrics and self.collect_key else {}
 
     def stage_manifest(self, label: str) -> Manifest | None:
         """Manifest of a finished stage run by its label, such as `pretrain/0`; None if it has none."""
@@ -176,6 +176,12 @@ def _feedforward(settings: str) -> FeedForward:
 def read_manifest(root: Path, key: str) -> Manifest:
     """Manifests never change, so one that was read stays read."""
     return open_store(root).get(key)
+
+
+@lru_cache(maxsize=50_000)
+def _averages(root: Path, collect_key: str) -> dict[str, float]:
+    metrics = read_manifest(root, collect_key).metrics
+    return {name: value for name, value in metrics.items() if name.rpartition("/")[0] not in metrics}
 
 
 @lru_cache(maxsize=50_000)

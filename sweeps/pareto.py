@@ -86,6 +86,10 @@ def _volume(cost: Floats, corner: Floats) -> float:
         return 0.0
     if cost.shape[1] == 1:
         return float(corner[0] - cost.min())
+    if cost.shape[1] == 2:
+        ordered = cost[np.argsort(cost[:, 0])]
+        lowest = np.minimum.accumulate(np.append(corner[1], ordered[:, 1]))
+        return float((corner[0] - ordered[:, 0]) @ -np.diff(lowest))
     levels = np.unique(cost[:, -1])
     heights = np.diff(np.append(levels, corner[-1]))
     return float(

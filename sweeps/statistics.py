@@ -24,6 +24,7 @@ Interval = tuple[float, float]
 CONFIDENCE = 0.95
 _ENUMERATED = 7  # replicates; C(13, 7) = 1,716 resamples
 _DRAWN = 4000
+_REMEMBERED = 50_000  # comparisons: a page of a running study makes the same ones again, all but those of its newest trial
 
 
 @functools.cache
@@ -59,6 +60,11 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float], con
     """Bootstrap interval of mean / mean, paired; None for fewer than two pairs or where a resampled denominator is not positive."""
     if len(numerator) != len(denominator):
         raise ValueError(f"{len(numerator)} values over {len(denominator)}: expected pairs, one of each for every replicate")
+    return _ratio_interval(tuple(numerator), tuple(denominator), confidence)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _ratio_interval(numerator: tuple[float, ...], denominator: tuple[float, ...], confidence: float) -> Interval | None:
     if len(numerator) < 2 or min(denominator) <= 0:
         return None
     weights, probabilities = resamples(len(numerator))
@@ -128,7 +134,11 @@ def difference(ours: Sequence[float], theirs: Sequence[float] | float) -> Differ
     others = [theirs] * len(ours) if isinstance(theirs, int | float) else theirs
     if len(others) != len(ours):
         raise ValueError(f"{len(ours)} values against {len(others)}: expected pairs, one of each for every replicate")
-    values = [float(mine) - float(other) for mine, other in zip(ours, others, strict=True)]
+    return _mean_difference(tuple(float(mine) - float(other) for mine, other in zip(ours, others, strict=True)))
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _mean_difference(values: tuple[float, ...]) -> Difference:
     count, mean = len(values), math.fsum(values) / len(values)
     if count < 2:
         return Difference(mean, None, None, count)
