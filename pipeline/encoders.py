@@ -5,10 +5,13 @@ Importing this module makes the classes known to AutoConfig and AutoModel*.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,7 +20,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -162,3 +167,17 @@ def load_classifier(folder: Path, num_labels: int, recipe: HeadSettings) -> PreT
         folder, num_labels=num_labels, hidden_dropout_prob=recipe.dropout, dtype=torch.float32
     )
     return model
+
+
+def classifier_inputs(rows: Sequence[NDArray[Any]], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Inputs of an encoder with this config [rows, longest of them]: ids, attention mask and, if it knows types, each token's text."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), lengths.max()), tokenizer.pad_token_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0) > 1:
+        ended = ids == tokenizer.sep_token_id
+        inputs["token_type_ids"] = (np.cumsum(ended, axis=1) - ended) * mask
+    return {name: torch.from_numpy(each) for name, each in inputs.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from fffsweep.pipeline import optimisation, schedules
 from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData, Split
-from fffsweep.pipeline.encoders import load_classifier
+from fffsweep.pipeline.encoders import classifier_inputs, load_classifier
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.metrics import baseline, decide, scores
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
@@ -54,15 +54,13 @@ class Finetuning:
         prepared = PreparedData(context.inputs["prepare"])
         found = prepared.task(config.task)
         self.task, self.splits = found.task, found.splits
-        tokenizer = prepared.tokenizer()
-        self.pad_id, self.separator_id = tokenizer.pad_token_id, tokenizer.sep_token_id
+        self.tokenizer = prepared.tokenizer()
         train = self.splits["train"]
         if len(train) == 0:
             raise ValueError(f"task {config.task}: no training rows; expected at least one")
         self.rows = np.random.default_rng(ROWS_SEED).permutation(len(train))[: config.max_rows]
         with optimisation.quiet_transformers():
             self.model = load_classifier(context.inputs["pretrain"] / "model", self.task.num_labels, config)
-        self.has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
         self.model.to(context.device)  # type: ignore[arg-type]
         self.optimizer = optimisation.make_optimizer(self.model, config)
         self.guard = optimisation.LossGuard(math.inf)
@@ -129,18 +127,9 @@ class Finetuning:
         return float(loss.detach()), rate
 
     def _padded(self, split: Split, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Inputs of the model [rows, longest of them]: ids, attention mask, and the text that each token is of if the model asks."""
         sequences = [np.asarray(split.input_ids[int(row)]) for row in rows]
-        lengths = np.array([len(each) for each in sequences])
-        ids = np.full((len(rows), lengths.max()), self.pad_id, dtype=np.int64)
-        for index, each in enumerate(sequences):
-            ids[index, : len(each)] = each
-        mask = np.arange(ids.shape[1]) < lengths[:, None]
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.has_types:
-            ended = ids == self.separator_id
-            inputs["token_type_ids"] = (np.cumsum(ended, axis=1) - ended) * mask
-        return {name: torch.from_numpy(each).to(self.context.device) for name, each in inputs.items()}
+        inputs = classifier_inputs(sequences, self.tokenizer, self.model.config)
+        return {name: each.to(self.context.device) for name, each in inputs.items()}
 
     def _close_epoch(self, rate: float) -> None:
         at = self.at

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import fffsweep.pipeline.encoders  # noqa: F401 - makes the classes known to the Auto classes
 from fffsweep.pipeline.data.packing import join_texts
+from fffsweep.pipeline.encoders import classifier_inputs  # the module makes the classes known to the Auto classes
 from fffsweep.pipeline.export import CARD
 from fffsweep.pipeline.optimisation import quiet_transformers
 
@@ -46,6 +46,8 @@ class Predictor:
         with quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
             self.model = auto.from_pretrained(str(folder)).eval()
+        # an encoder can often read more than the sequences that it was finetuned on
+        self.length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     def check(self, texts: Sequence[str]) -> None:
         """Raise PredictError at the first text that is not what the model reads, with its line."""
@@ -67,23 +69,23 @@ class Predictor:
         self.check(texts)
         found: list[Prediction] = []
         for start in range(0, len(texts), batch_size):
-            ids, mask = self._encoded(texts[start : start + batch_size])
-            logits = self.model(ids, attention_mask=mask).logits.float()
-            found += self._rows(logits) if self.task is not None else list(map(self._word, logits, ids))
+            inputs = self._encoded(texts[start : start + batch_size])
+            logits = self.model(**inputs).logits.float()
+            found += self._rows(logits) if self.task is not None else list(map(self._word, logits, inputs["input_ids"]))
         return found
 
-    def _encoded(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and attention mask [texts, longest], joined and cut as the training data was."""
-        tokenizer, length = self.tokenizer, self.model.config.max_position_embeddings
+    def _encoded(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The model's inputs [texts, longest], joined and cut as the training data was."""
+        tokenizer = self.tokenizer
         rows = []
         for text in texts:
-            parts = [np.array(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=np.uint32) for part in text.split("\t")]
+            parts = [
+                np.array(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
+                for part in text.split("\t")
+            ]
             second = parts[1] if len(parts) > 1 else None
-            rows.append(join_texts(parts[0], second, length, tokenizer.cls_token_id, tokenizer.sep_token_id))
-        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
-        return ids, torch.arange(ids.shape[1]) < torch.tensor(list(map(len, rows)))[:, None]
+            rows.append(join_texts(parts[0], second, self.length, tokenizer.cls_token_id, tokenizer.sep_token_id))
+        return classifier_inputs(rows, tokenizer, self.model.config)
 
     def _rows(self, logits: torch.Tensor) -> list[Prediction]:
         assert self.task is not None
@@ -97,7 +99,7 @@ class Predictor:
     def _word(self, logits: torch.Tensor, ids: torch.Tensor) -> Prediction:
         places = torch.nonzero(ids == self.tokenizer.mask_token_id).flatten()
         if len(places) == 0:
-            raise PredictError(f"a mask lies beyond the model's {self.model.config.max_position_embeddings} tokens; shorten the text")
+            raise PredictError(f"a mask lies beyond the model's {self.length} tokens; shorten the text")
         chances = torch.softmax(logits[places], dim=1)
         best = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in chances.argmax(1).tolist()]
         top = chances[0].topk(_TOP)

@@ -58,8 +58,10 @@ def store(tmp_path):
         {"variant": "dense", "trees": 8},
         {"variant": "none"},
         {"variant": "random_routing", "trees": 2, "depth": 2},
+        {"variant": "original_fff", "trees": 2, "depth": 2, "leaf_width": 3, "output_bias": True, "transposition": 0.2},
+        {"variant": "original_fff", "trees": 2, "depth": 2, "leaf_width": 3, "master_leaf": 2, "execution": "masked"},
     ],
-    ids=lambda layer: layer["variant"],
+    ids=lambda layer: "-".join(map(str, layer.values())),
 )
 def test_a_masked_language_model_keeps_its_outputs(store, tmp_path, layer):
     model, manifest = trained(store, tmp_path / "made", layer)
@@ -86,8 +88,9 @@ def test_trees_run_on_the_operator(store, tmp_path, monkeypatch):
     assert any("fffsweep::" in event.key for event in profile.key_averages())
 
 
-def test_a_classifier_knows_its_task(store, tmp_path):
-    _, manifest = trained(store, tmp_path / "made", {"variant": "fff", "trees": 1, "depth": 2}, "finetune")
+@pytest.mark.parametrize("variant", ["fff", "original_fff"])
+def test_a_classifier_knows_its_task(store, tmp_path, variant):
+    _, manifest = trained(store, tmp_path / "made", {"variant": variant, "trees": 1, "depth": 2}, "finetune")
     folder = export(store, manifest, tmp_path / "out", {}, get_task("qnli-like"))
     again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert again.config.id2label == {0: "entailment", 1: "not_entailment"}
@@ -102,26 +105,43 @@ def test_a_classifier_knows_its_task(store, tmp_path):
     assert table == [each.label for each in found]
 
 
-@pytest.mark.parametrize("variant", ["fff", "unchanged"])
-def test_a_converted_encoder_is_exported_with_its_classifier(store, tmp_path, variant):
+def tuned_bert(store, folder, variant):
+    """A converted encoder and a classifier on it whose random weights make much of a token's type; both read 12 of 32 possible tokens."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 28, "max_position_embeddings": 12}
-    plain = BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
-    encoder = converted(plain, FeedForward(variant="fff", trees=4, depth=2)) if variant == "fff" else plain
-    made = tmp_path / "made"
-    encoder.save_pretrained(made / "model")
-    save_tokenizer(make_tokenizer(WORDS, True), made / "model", 12)
-    origin = store.publish(StageRun("convert", 1, {}, 0, {}), {}, made, {}, 0.0, 1.0)
-    model = AutoModelForSequenceClassification.from_pretrained(made / "model", num_labels=2).eval()
-    model.save_pretrained(tmp_path / "tuned" / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 28, "max_position_embeddings": 32}
+    encoder = BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
+    with torch.no_grad():
+        encoder.embeddings.token_type_embeddings.weight.normal_()
+        for layer in encoder.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(10)
+    if variant != "unchanged":
+        encoder = converted(encoder, FeedForward(variant=variant, trees=4, depth=2))
+    encoder.save_pretrained(folder / "encoder" / "model")
+    save_tokenizer(make_tokenizer(WORDS, True), folder / "encoder" / "model", 12)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "encoder" / "model", num_labels=2).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(10)
+    model.save_pretrained(folder / "tuned" / "model")
+    origin = store.publish(StageRun("convert", 1, {}, 0, {}), {}, folder / "encoder", {}, 0.0, 1.0)
     run = StageRun("finetune", 1, {"task": "x"}, 0, {"pretrain": origin.key})
-    tuned = store.publish(run, {}, tmp_path / "tuned", {}, 0.0, 1.0)
-    folder = export(store, tuned, tmp_path / "out", {}, get_task("sst2-like"))
-    again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    ids = torch.tensor([[2, 5, 6, 3]])
+    return model, origin, store.publish(run, {}, folder / "tuned", {}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("variant", ["fff", "original_fff", "unchanged"])
+def test_a_converted_encoder_reads_as_its_finetuning_did(store, tmp_path, variant):
+    model, origin, tuned = tuned_bert(store, tmp_path, variant)
+    folder = export(store, tuned, tmp_path / "out", {}, get_task("qnli-like"))
+    # [CLS] a good film [SEP] b c [SEP], and a pair of more than 12 tokens
+    ids = torch.tensor([[2, 5, 15, 17, 3, 6, 7, 3, 0, 0, 0, 0], [2, 5, 5, 5, 5, 5, 3, 6, 6, 6, 6, 3]])
+    types = torch.tensor([[0] * 5 + [1] * 3 + [0] * 4, [0] * 7 + [1] * 5])
     with torch.inference_mode():
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
-    assert Predictor(folder).predict(["a good film"])[0].label in ("0", "1")
+        expected = torch.softmax(model(ids, attention_mask=(ids != 0).long(), token_type_ids=types).logits, 1)
+        without_types = torch.softmax(model(ids, attention_mask=(ids != 0).long()).logits, 1)
+    found = Predictor(folder).predict(["a good film\tb c", "a " * 20 + "\t" + "b " * 20])
+    scores = torch.tensor([list(each.scores.values()) for each in found])
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert (scores - without_types).abs().max() > 1e-3  # twenty times the tolerance
     with pytest.raises(ExportError, match="with --task"):
         export(store, origin, tmp_path / "bare", {})
 
