@@ -11,6 +11,8 @@ from fffsweep.kernels.gpu import availability, entries, operator
 from fffsweep.kernels.layer import LayerWeights, check_call
 from fffsweep.kernels.shape import TreeShape
 
+CAST_UNDER_AUTOCAST = frozenset({"cuda"})  # on a CPU, native kernels on float32 are as quick as casting every weight in every step
+
 
 def cmm(
     x: Tensor,
@@ -32,8 +34,8 @@ def cmm(
     Raises ValueError that names the argument that does not fit.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """
-    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        wanted = torch.get_autocast_dtype("cuda")
+    if x.device.type in CAST_UNDER_AUTOCAST and torch.is_autocast_enabled(x.device.type):
+        wanted = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = (each.to(wanted) for each in (x, w_in, w_out))
         b_in = None if b_in is None else b_in.to(wanted)
     check_call(x, w_in, b_in, w_out, shape, activation)

@@ -90,7 +90,7 @@ class Distillation:
         if state is not None:
             self.layers.load_state_dict(state["layers"])
             self.optimizer.load_state_dict(state["optimizer"])
-            optimisation.restore_rng(state["rng"])
+            optimisation.restore_rng(state["rng"], self.context.device)
             self.at = Progress(**state["progress"])
 
     def save(self) -> None:

@@ -75,7 +75,7 @@ class Finetuning:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            optimisation.restore_rng(state["rng"])
+            optimisation.restore_rng(state["rng"], self.context.device)
             self.at = Progress(**state["progress"])
 
     def save(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,7 +45,9 @@ class NodeTrees(FeedForwardLayer):
             return self._dense(x)
         weights = (self.w_in, self.b_in, self.w_out, self.shape, settings.activation)
         if settings.variant == "random_routing":
-            form = torch_forms.masked if settings.execution == "masked" else torch_forms.gather
+            # on a GPU a product of every node costs less than moving the gathered rows, except in very deep trees
+            whole = settings.execution == "masked" or (x.device.type == "cuda" and self.shape.width <= 512 * self.shape.active_width)
+            form = torch_forms.masked if whole else torch_forms.gather
             return form(x, *weights, paths=self.paths(x, token_ids))
         if settings.routing_gradient != "none" or (settings.load_balancing and self.training):
             return self._with_decisions(x)
@@ -88,9 +92,11 @@ class NodeTrees(FeedForwardLayer):
         decisions = logits[..., :-1]
         right = visited[..., 1:] == child(visited[..., :-1], torch.ones_like(decisions))
         values = activation_of(self.settings.activation).apply(logits)
-        if self.settings.routing_gradient == "straight_through":
+        if self.settings.routing_gradient == "straight_through" and shape.depth:
             taken = torch.sigmoid(torch.where(right, decisions, -decisions))
-            gates = torch.cumprod(1 + (taken - taken.detach()), dim=2)
+            factors = 1 + (taken - taken.detach())
+            # a loop: the gradient of cumprod is a cumsum, which has no repeatable form on a GPU
+            gates = torch.stack(list(accumulate(factors.unbind(2), torch.mul)), dim=2)
             values = torch.cat([values[..., :1], values[..., 1:] * gates], dim=2)
         if self.settings.load_balancing and self.training:
             self.auxiliary = self.settings.load_balancing * imbalance(decisions, right, visited[..., :-1], shape)

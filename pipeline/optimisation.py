@@ -170,12 +170,17 @@ class LossGuard:
         self.smooth, self.lowest = state["smooth"], state["lowest"]
 
 
+def prepare_cublas() -> None:
+    """Give cuBLAS the workspaces that its repeatable products need. torch looks once, at its first product on a GPU: call this before."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextlib.contextmanager
 def reproducible(seed: int) -> Iterator[None]:
     """Torch seeded, deterministic algorithms alone; as it was afterwards."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare_cublas()
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # every buffer is written before it is read; filling costs time
     try:
@@ -192,10 +197,10 @@ def rng_state(device: str) -> dict[str, Any]:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Go on with random numbers where `rng_state` was taken."""
+def restore_rng(state: dict[str, Any], device: str) -> None:
+    """Go on with random numbers where `rng_state` was taken; on another kind of device, with those that the seed gives there."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
+    if device == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -111,7 +111,7 @@ class Pretraining:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.guard.restore(state["guard"])
-            optimisation.restore_rng(state["rng"])
+            optimisation.restore_rng(state["rng"], self.context.device)
             self.at = Progress(**state["progress"])
 
     def save(self) -> None:

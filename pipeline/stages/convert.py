@@ -112,7 +112,7 @@ class Convert:
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ConvertConfig
 

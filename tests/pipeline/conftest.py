@@ -62,7 +62,7 @@ def write_task(folder, task, sizes, rng):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Folder as stage `prepare` leaves it: 91 words, sequences of 16; tasks `pair` (F1), `three` (two validation splits), `value`."""
+    """Folder as stage `prepare` leaves it: 91 words, sequences of 16; `pair` (F1), `three` (two validation splits), `value`, `few`."""
     folder, rng = tmp_path_factory.mktemp("prepared"), np.random.default_rng(0)
     write_tokenizer(folder / "tokenizer")
     write_corpus(folder / "corpus" / "train.arrow", 300, rng)
@@ -74,6 +74,8 @@ def tiny_data(tmp_path_factory):
     names = ("yes", "no", "maybe")
     three = Task("three", "classification", 3, ("text",), ("accuracy",), label_names=names, validation_splits=both)
     write_task(folder / "tasks" / "three", three, {"train": 90, "selection": 20, both[0]: 30, both[1]: 25}, rng)
+    few = Task("few", "classification", 2, ("text",), ("accuracy",))
+    write_task(folder / "tasks" / "few", few, {"train": 8, "selection": 2, "validation": 3}, rng)
     return folder
 
 
