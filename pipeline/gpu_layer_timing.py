@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from fffsweep.kernels.gpu.compare import compare_on_gpu
 from fffsweep.kernels.measure import Comparison
-from fffsweep.pipeline.data.prepared import PreparedData
-from fffsweep.pipeline.layer_timing import NO_LAYER, SCHEMA, figures_of, layer_and_inputs, notes_on, rows_of
-from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline import optimisation
+from fffsweep.pipeline.layer_timing import Sides, time_points
 from fffsweep.pipeline.stage import Metrics, StageContext
-from fffsweep.pipeline.stages.benchmark_gpu import GpuBenchmarkConfig
+from fffsweep.pipeline.stages.benchmark import TimedPoint
+from fffsweep.pipeline.stages.benchmark_gpu import GpuBenchmarkConfig, GpuBenchmarkPoint
 
 
 def benchmark_layer_on_gpu(
     config: GpuBenchmarkConfig, context: StageContext, compare: Callable[..., Comparison] = compare_on_gpu
 ) -> Metrics:
-    """Run the stage: see `fffsweep.pipeline.stages.benchmark_gpu.BenchmarkGpu`. `compare` is replaced where there is no GPU, in tests.
+    """Run the stage: see `fffsweep.pipeline.stages.benchmark_gpu.BenchmarkGpu`, and `time_points` for what it gives and raises.
 
-    A model without feedforward layer takes no time: its relative time is 0, and no other figure is given.
-    Raises RuntimeError if no implementation of a side gives the right outputs, ValueError for a layer that is not there.
+    `compare` is replaced where there is no GPU, in tests.
     """
-    held_out = PreparedData(context.inputs["prepare"]).corpus("validation")
-    candidate, x_candidate = layer_and_inputs(context.inputs["pretrain"], config, held_out)
-    reference, x_reference = layer_and_inputs(context.inputs["reference"], config, held_out)
-    if reference is None:
-        raise ValueError("the reference model has no feedforward layer: expected a dense one, to measure others by")
-    report: dict[str, Any] = {"schema": SCHEMA, "provenance": provenance(), "rows": []}
-    metrics: Metrics = {}
-    if candidate is None:
-        report["note"] = NO_LAYER
-        metrics = {f"ff/gpu/{prefix}rel_time": 0.0 for prefix in ("", *(f"{point.label}/" for point in config.points))}
-    else:
-        report |= notes_on(candidate)
-        for number, point in enumerate(config.points):
-            context.progress(number, len(config.points), "points")
-            compared = compare(
-                candidate.weights(),
-                reference.weights(),
-                x_candidate,
-                x_reference,
-                tokens=point.tokens,
-                dtype=point.dtype,
-                mode=point.mode,
-                min_time_s=config.min_time_s,
-                seed=context.seed,
-            )
-            report["rows"] += rows_of(point, compared, candidate, reference, "cuda")
-            figures = figures_of(compared)
-            metrics |= {f"ff/gpu/{point.label}/{name}": value for name, value in figures.items()}
-            if number == 0:
-                metrics |= {f"ff/gpu/{name}": value for name, value in figures.items()}
-    (context.output / "benchmark.json").write_text(json.dumps(report, indent=1))
-    return metrics
+    optimisation.prepare_cublas()  # the next stage of this process may train
+
+    def compared(sides: Sides, point: TimedPoint) -> tuple[Comparison, Metrics]:
+        assert isinstance(point, GpuBenchmarkPoint)
+        fields = {"tokens": point.tokens, "dtype": point.dtype, "mode": point.mode}
+        return compare(*sides, **fields, min_time_s=config.min_time_s, seed=context.seed), {}
+
+    return time_points(config, context, "cuda", compared)

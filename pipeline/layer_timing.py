@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.measure import Comparison, compare_layers, draw
 from fffsweep.pipeline import optimisation
 from fffsweep.pipeline.data.prepared import PreparedData
@@ -20,19 +22,46 @@ from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.model import FffModel
 from fffsweep.pipeline.roofline import machine_peaks, roofline_ns
 from fffsweep.pipeline.stage import Metrics, StageContext
-from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, LayerBenchmark, TimedPoint
+from fffsweep.pipeline.stages.benchmark import BenchmarkConfig, BenchmarkPoint, LayerBenchmark, TimedPoint
 
+Sides = tuple[LayerWeights, LayerWeights, Tensor, Tensor]  # candidate, reference, and the inputs [tokens, hidden] of each
 SCHEMA = "fffsweep.bench/1"
 BATCH = 32
 NO_LAYER = "the model has no feedforward layer: there is nothing to run, so its relative time is 0"
 
 
 def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
-    """Run the stage: see `fffsweep.pipeline.stages.benchmark.BenchmarkCpu`.
+    """Run the stage: see `fffsweep.pipeline.stages.benchmark.BenchmarkCpu`, and `time_points` for what it gives and raises."""
+
+    def compare(sides: Sides, point: TimedPoint) -> tuple[Comparison, Metrics]:
+        assert isinstance(point, BenchmarkPoint)
+        given: dict[str, Any] = {"tokens": point.tokens, "dtype": point.dtype, "threads": point.threads, "mode": point.mode}
+        compared = compare_layers(*sides, **given, min_time_s=config.min_time_s, seed=context.seed)
+        if not compared.verified:
+            raise RuntimeError(f"point {point.label}: outputs were not verified, so no time is given")
+        weights, _, x, _ = sides
+        drawn = draw(x, weights, point.tokens, context.seed)
+        return compared, {"roofline_ns_per_token": roofline_ns(weights, drawn, point.dtype, point.threads, point.mode)}
+
+    def peaks() -> dict[str, Any]:
+        return {f"{point.dtype}_{point.threads}t": asdict(machine_peaks(point.dtype, point.threads)) for point in config.points}
+
+    return time_points(config, context, "cpu", compare, lambda: {"peaks": peaks()})
+
+
+def time_points(
+    config: LayerBenchmark,
+    context: StageContext,
+    device: Literal["cpu", "cuda"],
+    compare: Callable[[Sides, TimedPoint], tuple[Comparison, Metrics]],
+    notes: Callable[[], dict[str, Any]] = dict,
+) -> Metrics:
+    """Metrics `ff/cpu/...` or `ff/gpu/...` of all points; `compare` times one and may add figures, `notes` are for the report.
 
     A model without feedforward layer takes no time: its relative time is 0, and no other figure is given.
     Raises RuntimeError if no implementation of a side gives the right outputs, ValueError for a layer that is not there.
     """
+    kind = {"cpu": "cpu", "cuda": "gpu"}[device]
     held_out = PreparedData(context.inputs["prepare"]).corpus("validation")
     candidate, x_candidate = layer_and_inputs(context.inputs["pretrain"], config, held_out)
     reference, x_reference = layer_and_inputs(context.inputs["reference"], config, held_out)
@@ -42,34 +71,19 @@ def benchmark_layer(config: BenchmarkConfig, context: StageContext) -> Metrics:
     metrics: Metrics = {}
     if candidate is None:
         report["note"] = NO_LAYER
-        metrics = {f"ff/cpu/{prefix}rel_time": 0.0 for prefix in ("", *(f"{point.label}/" for point in config.points))}
+        metrics = {f"ff/{kind}/{prefix}rel_time": 0.0 for prefix in ("", *(f"{point.label}/" for point in config.points))}
     else:
         report |= notes_on(candidate)
+        sides = candidate.weights(), reference.weights(), x_candidate, x_reference
         for number, point in enumerate(config.points):
             context.progress(number, len(config.points), "points")
-            compared = compare_layers(
-                candidate.weights(),
-                reference.weights(),
-                x_candidate,
-                x_reference,
-                tokens=point.tokens,
-                dtype=point.dtype,
-                threads=point.threads,
-                mode=point.mode,
-                min_time_s=config.min_time_s,
-                seed=context.seed,
-            )
-            if not compared.verified:
-                raise RuntimeError(f"point {point.label}: outputs were not verified, so no time is given")
-            report["rows"] += rows_of(point, compared, candidate, reference)
-            drawn = draw(x_candidate, candidate.weights(), point.tokens, context.seed)
-            least = roofline_ns(candidate.weights(), drawn, point.dtype, point.threads, point.mode)
-            figures = figures_of(compared) | {"roofline_ns_per_token": least}
-            metrics |= {f"ff/cpu/{point.label}/{name}": value for name, value in figures.items()}
+            compared, more = compare(sides, point)
+            report["rows"] += rows_of(point, compared, candidate, reference, device)
+            figures = figures_of(compared) | more
+            metrics |= {f"ff/{kind}/{point.label}/{name}": value for name, value in figures.items()}
             if number == 0:
-                metrics |= {f"ff/cpu/{name}": value for name, value in figures.items()}
-        peaks = {f"{point.dtype}_{point.threads}t": asdict(machine_peaks(point.dtype, point.threads)) for point in config.points}
-        report["peaks"] = peaks
+                metrics |= {f"ff/{kind}/{name}": value for name, value in figures.items()}
+        report |= notes()
     (context.output / "benchmark.json").write_text(json.dumps(report, indent=1))
     return metrics
 
@@ -96,7 +110,7 @@ def figures_of(compared: Comparison) -> Metrics:
 
 
 def rows_of(
-    point: TimedPoint, compared: Comparison, candidate: FeedForwardLayer, reference: FeedForwardLayer, device: str = "cpu"
+    point: TimedPoint, compared: Comparison, candidate: FeedForwardLayer, reference: FeedForwardLayer, device: str
 ) -> list[dict[str, Any]]:
     """Rows of `bench --json`, one for each implementation that was gated, `best` marking the chosen ones."""
     chosen = {"candidate": compared.implementation, "reference": compared.reference_implementation}
