@@ -1,7 +1,8 @@
 """Training speed: steps of pretraining with a tree by CMM, by its masked form, and with a dense layer of the same width.
 
 `python -m fffsweep.pipeline.bench` times twelve layers of the published width and vocabulary; options make it smaller.
-Each variant lives in a process of its own, so that its peak memory is its own; their steps alternate.
+`--device cuda --precision bf16` trains on a GPU as the stages do there. Each variant lives in a process of its own, so that its peak
+memory is its own; their steps alternate.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ class TrainingCase:
     batch: int = 32
     threads: int = 2
     steps: int = 3
+    device: str = "cpu"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        parse_layout(self.layout)
+        for name, value, allowed in (("device", self.device, ("cpu", "cuda")), ("precision", self.precision, ("float32", "bf16"))):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: expected {' or '.join(allowed)}")
 
     @property
     def shape(self) -> TreeShape:
@@ -75,7 +84,7 @@ def time_training(case: TrainingCase) -> list[dict[str, Any]]:
     tokens = case.batch * case.sequence_length
     speed = {name: tokens / median(times) for name, times in seconds.items()}
     return [
-        {"suite": "training", "device": "cpu", "direction": "train", "variant": name}
+        {"suite": "training", "direction": "train", "variant": name}
         | asdict(case)
         | {
             "tokens_per_s": speed[name],
@@ -83,10 +92,16 @@ def time_training(case: TrainingCase) -> list[dict[str, Any]]:
             "q80": tokens / _quantile(seconds[name], 1),
             "speedup_vs_dense": speed[name] / speed["dense"],
             "speedup_vs_masked": speed[name] / speed["masked"],
-            "peak_rss_bytes": memory[name],
         }
+        | memory[name]
         for name in VARIANTS
     ]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _quantile(times: list[float], fifth: int) -> float:
@@ -94,7 +109,7 @@ def _quantile(times: list[float], fifth: int) -> float:
 
 
 def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
-    """Build a model, take one step to warm up, then one whenever told, sending its seconds; at last the peak memory."""
+    """Build a model, take two steps to warm up, then one whenever told, sending its seconds; at last the peak memory, by kind."""
     import torch
 
     from fffsweep.pipeline import optimisation
@@ -112,7 +127,7 @@ def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
         feedforward=case.feedforward(name),
     )
     with optimisation.reproducible(0):
-        model = FffForMaskedLM(config)
+        model = FffForMaskedLM(config).to(case.device)  # type: ignore[arg-type]
         recipe = PretrainRecipe(steps=1)
         optimizer = optimisation.make_optimizer(model, recipe)
         masking = Masking(4, tuple(range(5)), case.vocabulary, recipe.mask_share)
@@ -120,17 +135,23 @@ def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
 
         def step(number: int) -> float:
             begun = time.perf_counter()
-            inputs, positions, labels = (torch.from_numpy(each) for each in masking.apply(sequences, 0, number))
-            model(input_ids=inputs, positions=positions, labels=labels).loss.backward()
+            inputs, positions, labels = (torch.from_numpy(each).to(case.device) for each in masking.apply(sequences, 0, number))
+            with optimisation.autocast(case.precision, case.device):
+                loss = model(input_ids=inputs, positions=positions, labels=labels).loss
+            loss.backward()
             optimisation.apply_gradients(model, optimizer, recipe.learning_rate, recipe.clip)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
             return time.perf_counter() - begun
 
-        pipe.send(step(0))
-        number = 0
+        step(0)
+        pipe.send(step(1))
+        number = 1
         while pipe.recv():
             number += 1
             pipe.send(step(number))
-        pipe.send(optimisation.peak_rss_bytes())
+        device_bytes = torch.cuda.max_memory_allocated() if case.device == "cuda" else None
+        pipe.send({"peak_rss_bytes": optimisation.peak_rss_bytes(), "peak_device_bytes": device_bytes})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,9 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     as_json = options.pop("json")
     try:
         case = TrainingCase(**options)
-        _ = case.shape
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 2
+    if case.device == "cuda" and not _has_cuda():
+        print("device='cuda': torch finds no CUDA device here; run where there is one, or leave --device out", file=sys.stderr)
         return 2
     rows = time_training(case)
     if as_json:
@@ -154,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'variant':8} {'tokens/s':>10} {'vs dense':>9} {'vs masked':>10} {'peak MiB':>9}")
     for row in rows:
         figures = f"{row['tokens_per_s']:10.0f} {row['speedup_vs_dense']:9.2f} {row['speedup_vs_masked']:10.2f}"
-        print(f"{row['variant']:8} {figures} {row['peak_rss_bytes'] / 2**20:9.0f}")
+        print(f"{row['variant']:8} {figures} {(row['peak_device_bytes'] or row['peak_rss_bytes']) / 2**20:9.0f}")
     return 0
 
 
