@@ -7,6 +7,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from fffsweep.kernels import bench_report, registry
 from fffsweep.kernels.gpu import availability, timing
+from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import LayerWeights, random_layer
 from fffsweep.kernels.measure import layer_call
 from fffsweep.kernels.registry import Implementation
@@ -39,20 +42,20 @@ def main(arguments: list[str]) -> int:
         print(f"fffsweep bench: {reason}", file=sys.stderr)
         return 2
     torch.set_float32_matmul_precision("highest")  # float32 means float32: TF32 has entries of its own
-    began, rows, failed, skipped = time.monotonic(), [], 0, []
-    for layout in options.layout:
-        for dtype in options.dtype:
-            for direction in options.direction:
-                for tokens in options.tokens:
-                    case = f"{layout} hidden {options.hidden} {tokens} tokens {dtype} {direction}"
-                    if time.monotonic() - began > options.budget_s:
-                        skipped.append(case)
-                        continue
-                    found = run_case(layout, options.hidden, tokens, dtype, direction, options)
-                    rows += found
-                    best = next((row for row in found if row["best"]), None)
-                    failed += best is None
-                    print(_line(case, best), flush=True)
+    rows, failed, skipped = [], 0, []
+    over = Deadline(options.budget_s)
+    for layout, dtype, direction, tokens in product(options.layout, options.dtype, options.direction, options.tokens):
+        case = f"{layout} hidden {options.hidden} {tokens} tokens {dtype} {direction}"
+        try:
+            with over:
+                found = run_case(layout, options.hidden, tokens, dtype, direction, options)
+        except OutOfTime:
+            skipped.append(case)
+            continue
+        rows += found
+        best = next((row for row in found if row["best"]), None)
+        failed += best is None
+        print(_line(case, best), flush=True)
     for case in skipped:
         print(f"{case}: left out, --budget-s {options.budget_s:g} was spent")
     result = {"schema": SCHEMA, "provenance": _provenance(arguments), "left_out": skipped, "rows": rows}
@@ -80,7 +83,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--mode", choices=["hot", "cold"], default="hot", help="cold: the device's caches are overwritten before each sample"
     )
     parser.add_argument("--min-time", type=float, default=0.3, help="seconds of alternating samples a case")
-    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no further case is begun")
+    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which the case at work is ended and none begun")
     parser.add_argument("--slow", action="store_true", help="time torch.compile's, cuSPARSE's and the naive CUDA kernel's forms too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -114,8 +117,10 @@ def run_case(layout: str, hidden: int, tokens: int, dtype: str, direction: str, 
             if call is not None:
                 calls[len(rows) - 1] = call
     _time(rows, calls, tokens, options)
+    gathered = next((row["ns_per_token"] for row in rows if row["implementation"] == "gather"), None)
     for row in rows:
         row |= _floor(row, sides[row["role"]].shape)
+        row["speedup_vs_gather"] = None if None in (gathered, row["ns_per_token"]) else gathered / row["ns_per_token"]
     rows, rounded = [row for row in rows if row["dtype"] == dtype], [row for row in rows if row["dtype"] != dtype]
     # TF32 is compared with TF32, and is never the best of float32
     return bench_report.compare(rows) + [row | {"best": False} for row in bench_report.compare(rounded)]
@@ -124,9 +129,10 @@ def run_case(layout: str, hidden: int, tokens: int, dtype: str, direction: str, 
 def _gated(
     each: Implementation, weights: LayerWeights, exact: LayerWeights, x: Tensor, direction: str, options: argparse.Namespace
 ) -> tuple[Row, Callable[[], object] | None]:
-    """Row without times, and the call to time if the implementation passed the gate on fresh random tokens of this run."""
-    count = max(2, min(GATE_TOKENS, 20_000 // weights.shape.active_width))
-    fresh = torch.randn(count, x.shape[1], generator=torch.Generator().manual_seed(time.time_ns() % (1 << 62))).to(x)
+    """Row without times, and the call to time if the implementation passed the gate on fresh random tokens in the midst of x."""
+    generator = torch.Generator().manual_seed(time.time_ns() % (1 << 62))
+    places = torch.randperm(len(x), generator=generator)[: max(2, min(GATE_TOKENS, 20_000 // weights.shape.active_width))]
+    fresh = torch.randn(len(places), x.shape[1], generator=generator).to(x)
     dtype = "tf32" if each.tf32 else str(x.dtype).removeprefix("torch.")
     row = {
         "suite": "gpu",
@@ -138,7 +144,7 @@ def _gated(
         "implementation": each.name,
     }
     try:
-        verdict = verify(each, weights, fresh, backward=direction == "train", exact=exact)
+        verdict = verify(amid(each, x, places.to(x.device)), weights, fresh, backward=direction == "train", exact=exact)
         row |= {"verified": verdict.verified, "path_flips": verdict.path_flips, "worst": verdict.worst, "reason": verdict.reason}
         call = layer_call(each, weights, x, direction=direction) if verdict.verified else None
         if call is not None:
@@ -146,6 +152,20 @@ def _gated(
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a baseline that does not run here is a row, not the end
         return row | {"verified": False, "path_flips": 0, "worst": None, "reason": str(error)[:500], "once_s": None}, None
     return row, call
+
+
+def amid(each: Implementation, x: Tensor, places: Tensor) -> Implementation:
+    """`each`, given tokens [len(places), hidden], computes all of x with these in their places: a batch as large as the timed one."""
+
+    def whole(tokens: Tensor) -> Tensor:
+        return x.index_copy(0, places, tokens)
+
+    def prepare(weights: LayerWeights) -> Callable[[Tensor], Tensor]:
+        layer = each.prepare(weights)
+        return lambda tokens: layer(whole(tokens))[places]
+
+    own = each.paths
+    return replace(each, prepare=prepare, paths=None if own is None else lambda weights, tokens: own(weights, whole(tokens))[places])
 
 
 def _time(rows: list[Row], calls: dict[int, Callable[[], object]], tokens: int, options: argparse.Namespace) -> None:

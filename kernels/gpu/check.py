@@ -1,13 +1,14 @@
 """Everything about the GPU kernels that needs a GPU, in minutes: `make gpu-check`. Needs torch, numpy and Triton, and no more.
 
 Builds, holds every kernel against the reference, runs a few cases under compute-sanitizer where there is one, then times. What is wrong
-ends the check before anything is timed.
+ends the check before anything is timed. Where the packages are that the stages need, training is tested and timed too.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import shutil
@@ -19,9 +20,13 @@ from typing import Any
 
 import torch
 
-from fffsweep.kernels.gpu import availability, bench, cases
+from fffsweep.kernels.gpu import availability, bench, cases, goals
 
 SANITIZER_S = 100
+TRAINING_TESTS_S = 60
+TRAINING_SHARE = 0.3  # of the time left for timing, where training can be timed
+TRAINING_PACKAGES = ("pydantic", "pyarrow", "tokenizers", "transformers")
+TRAINING = ["--device", "cuda", "--precision", "bf16", "--batch", "128", "--steps", "8", "--json"]
 RUNS: tuple[tuple[float, list[str]], ...] = (  # share of the time for the benchmark, and what is timed in it
     (0.35, ["--tokens", "1,16,128,1024,16384,65536", "--dtype", "bfloat16"]),
     (0.15, ["--tokens", "1,128,16384", "--dtype", "bfloat16", "--mode", "cold"]),
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(wrong) or f"{count} cases right, {left_out} left out for want of time ({time.monotonic() - began:.0f} s)")
     if wrong or options.few:
         return 1 if wrong else 0
-    if _sanitize(options.seed):
+    if _test_training() or _sanitize(options.seed):
         return 1
     return _bench(options, began)
 
@@ -84,8 +89,48 @@ def _sanitize(seed: int) -> int:
     return done.returncode
 
 
+def _missing(*packages: str) -> str | None:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not run: {', '.join(absent)} not installed" if absent else None
+
+
+def _test_training() -> int:
+    """The training loops on the device, by the tests that bear the marker `gpu`."""
+    tests = Path("tests/pipeline")
+    reason = _missing("pytest", *TRAINING_PACKAGES) or (None if tests.is_dir() else f"not run: there is no {tests} here")
+    if reason:
+        print(f"training: {reason}")
+        return 0
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", str(tests / "test_gpu_training.py")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TRAINING_TESTS_S, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"training: not finished after {TRAINING_TESTS_S} s, nothing said")
+        return 0
+    print("training: " + (done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]))
+    return done.returncode
+
+
+def _time_training(timeout_s: float) -> list[dict[str, Any]]:
+    """Rows of `python -m fffsweep.pipeline.bench` on the device; none, and why, where it does not run."""
+    if reason := _missing(*TRAINING_PACKAGES):
+        print(f"training speed: {reason}")
+        return []
+    command = [sys.executable, "-m", "fffsweep.pipeline.bench", *TRAINING]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
+    except subprocess.SubprocessError as error:
+        print(f"training speed: not measured: {error}\n{(getattr(error, 'stderr', None) or '')[-1000:]}")
+        return []
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    for row in rows:
+        print(f"training {row['layout']} {row['variant']:7}{row['tokens_per_s']:12,.0f} tokens/s {row['speedup_vs_dense']:6.2f} x dense")
+    return rows
+
+
 def _bench(options: argparse.Namespace, began: float) -> int:
     left, status, rows, results = options.budget_s - (time.monotonic() - began), 0, [], []
+    left *= 1 - TRAINING_SHARE * (_missing(*TRAINING_PACKAGES) is None)
     for share, arguments in RUNS:
         part = options.results / ".gpu_part.json"
         status |= bench.main([*arguments, "--budget-s", str(max(10.0, share * left)), "--json", str(part), "--seed", str(options.seed)])
@@ -96,21 +141,25 @@ def _bench(options: argparse.Namespace, began: float) -> int:
     device = re.sub(r"[^a-z0-9]+", "_", str(provenance["gpu"]).lower()).strip("_")
     target = options.results / f"cmm_gpu_{device}_{datetime.datetime.now(datetime.UTC).date()}.json"
     left_out = [case for each in results for case in each["left_out"]]
-    target.write_text(json.dumps({"schema": bench.SCHEMA, "provenance": provenance, "left_out": left_out, "rows": rows}, indent=1) + "\n")
+    training = _time_training(max(30.0, options.budget_s - (time.monotonic() - began)))
+    verdicts = goals.verdicts([*rows, *training])
+    found = {"schema": bench.SCHEMA, "provenance": provenance, "left_out": left_out, "goals": verdicts, "rows": [*rows, *training]}
+    target.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
+    print(goals.lines(verdicts))
     print(f"written: {target} ({time.monotonic() - began:.0f} s)")
     return status
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The best CMM of each case beside the best dense form: nanoseconds a token, ratio, distance to the floor."""
+    """The best CMM of each case beside the best dense form and beside gathering: nanoseconds a token, ratios, distance to the floor."""
     case = f"{'layout':7}{'tokens':>7} {'dtype':9}{'mode':5}{'direction':10}"
-    lines = [f"{case}{'CMM':16}{'ns/token':>10}{'x dense':>9}  {'dense':20}{'x floor':>8}"]
+    lines = [f"{case}{'CMM':16}{'ns/token':>10}{'x dense':>9}  {'dense':20}{'x gather':>9}{'x floor':>8}"]
     for row in (row for row in rows if row["best"]):
-        ratio = "-" if row["speedup_vs_best_dense"] is None else f"{row['speedup_vs_best_dense']:.2f}"
+        ratio, gather = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("speedup_vs_best_dense", "speedup_vs_gather"))
         lines.append(
             f"{row['layout']:7}{row['tokens']:7} {row['dtype']:9}{row['mode']:5}{row['direction']:10}{row['implementation']:16}"
-            f"{row['ns_per_token']:10.2f}{ratio:>9}  {row['best_dense'] or '-':20}{row['times_the_floor']:8.1f}"
+            f"{row['ns_per_token']:10.2f}{ratio:>9}  {row['best_dense'] or '-':20}{gather:>9}{row['times_the_floor']:8.1f}"
         )
     return "\n".join(lines)
 
