@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 from collections import defaultdict
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
 
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import StageRun
@@ -55,3 +58,22 @@ def _amount(run: StageRun) -> float:
     if run.stage not in ("pretrain", "rung", "convert", "activations"):
         return 1.0
     return float(next(filter(None, budgets), 1.0)) * float(run.config.get("share", 1.0))  # of which a rung has a share
+
+
+def start_cost_s(results: Path) -> float:
+    """Mean seconds between a driver's word to begin a run and its result that the stage did not take: how long a run took to be started
+    and heard of, in the newest study of a results folder that was driven on Ray; 0 without one."""
+    for history in sorted(results.glob("studies/*/events.jsonl"), key=lambda path: -path.stat().st_mtime):
+        on_ray, begun, costs = False, dict[str, float](), list[float]()
+        for line in history.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a killed driver left half-written
+                event = json.loads(line)
+                if event["event"] == "started":
+                    on_ray = event["executor"] == "ray"
+                elif event["event"] == "submitted":
+                    begun[event["key"]] = event["time"]
+                elif event["event"] == "finished" and event["key"] in begun and on_ray:
+                    costs.append(event["time"] - begun[event["key"]] - event["duration_s"])
+        if costs:
+            return max(0.0, fmean(costs))
+    return 0.0

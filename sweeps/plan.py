@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fffsweep.pipeline.stage import StageRun
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
-from fffsweep.sweeps.history import History
+from fffsweep.sweeps.history import History, start_cost_s
 from fffsweep.sweeps.record import check_extends, load, study_folder
 from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
 
@@ -100,6 +100,7 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     num_bytes = sum(stage.num_bytes for stage in stages)
     schedule = None
     if cluster is not None:
+        cluster = replace(cluster, overhead_s=start_cost_s(results))
         schedule = simulate([simulated[key] for key in runs if key in simulated], cached, cluster, num_bytes)
     return Plan(config.name, stored is None, trials, stages, num_cores, wall_s, num_bytes, tuple(notes), schedule)
 
@@ -131,7 +132,8 @@ def to_lines(plan: Plan) -> Iterator[str]:
     if (schedule := plan.schedule) is not None and to_run:
         yield (
             f"on {schedule.num_nodes} nodes: {_time(schedule.makespan_s)}, {schedule.node_hours:.1f} node-hours, "
-            f"{100 * schedule.utilisation:.0f} % of their CPUs at work"
+            f"{100 * schedule.utilisation:.0f} % of their CPUs at work, {schedule.overhead_s:.2g} s to start a run"
+            + (" as the newest study on Ray took" if schedule.overhead_s else ": no study here ran on Ray yet")
         )
 
 

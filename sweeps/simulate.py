@@ -46,7 +46,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What came of it. node_hours: all nodes as long as the sweep lasts. utilisation: share of their CPUs that was occupied."""
+    """What came of it. node_hours: all nodes as long as the sweep lasts. utilisation: share of their CPUs that was occupied.
+
+    overhead_s: the cluster's, which the makespan rests on.
+    """
 
     num_nodes: int
     num_runs: int
@@ -54,6 +57,7 @@ class Schedule:
     node_hours: float
     utilisation: float
     num_bytes: float
+    overhead_s: float
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -121,7 +125,7 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
         for queue in (shared, alone):
             queue.done(key)
     share = busy / (now * cluster.num_nodes * cluster.node_cpus) if now else 0.0
-    return Schedule(cluster.num_nodes, len(runs), now, cluster.num_nodes * now / 3600, share, num_bytes)
+    return Schedule(cluster.num_nodes, len(runs), now, cluster.num_nodes * now / 3600, share, num_bytes, cluster.overhead_s)
 
 
 def _check(by_key: Mapping[str, SimulatedRun], done: frozenset[str], cluster: Cluster) -> None:

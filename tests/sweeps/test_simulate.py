@@ -1,9 +1,13 @@
 """Simulated schedules against ones that can be worked out by hand."""
 
+import json
+import os
+
 import pytest
 
 from fffsweep.pipeline.stage import Resources
 from fffsweep.sweeps.bench import noop_study
+from fffsweep.sweeps.history import start_cost_s
 from fffsweep.sweeps.simulate import Cluster, SimulatedRun, simulate
 
 
@@ -61,3 +65,25 @@ def test_no_node_does_more_than_it_can_and_nothing_comes_before_its_inputs():
     assert many.makespan_s == 4  # prepare, pretrain, the ten that read it, collect
     assert few.makespan_s >= len(runs) / 2
     assert few.utilisation > 0.9
+
+
+def test_what_it_costs_to_start_a_run_is_read_from_the_newest_study_on_ray(tmp_path):
+    def history(study, executor, *lines):
+        path = tmp_path / "studies" / study / "events.jsonl"
+        path.parent.mkdir(parents=True)
+        started = {"event": "started", "time": 0.0, "executor": executor}
+        path.write_text("".join(json.dumps(line) + "\n" for line in (started, *lines)) + '{"event": "subm')
+
+    def ran(key, begun, ended, duration_s):
+        return (
+            {"event": "submitted", "time": begun, "key": key},
+            {"event": "finished", "time": ended, "key": key, "duration_s": duration_s},
+        )
+
+    assert start_cost_s(tmp_path) == 0
+    history("older", "ray", *ran("a", 1.0, 9.0, 1.0))
+    os.utime(tmp_path / "studies" / "older" / "events.jsonl", (1, 1))
+    assert start_cost_s(tmp_path) == 7
+    history("newer", "ray", *ran("a", 1.0, 5.0, 3.5), *ran("b", 1.0, 4.0, 2.5))
+    history("newest", "inline", *ran("a", 1.0, 5.0, 1.0))
+    assert start_cost_s(tmp_path) == 0.5
