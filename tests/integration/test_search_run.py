@@ -14,6 +14,7 @@ from fffsweep.dashboards.queries import load_study
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.controller import run_sweep
+from fffsweep.sweeps.verify import verify
 from tests.chaos.study import MEASURED
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -93,3 +94,18 @@ def test_a_killed_search_ends_like_an_undisturbed_one(config, tmp_path):
     assert len(list(Store(killed / "store").keys())) == 4 + 4 + 5
     assert run_sweep(config, killed, Quiet(), "inline").state == "complete"
     assert table(killed) == (trials, metrics)
+
+
+def test_a_search_asks_and_stops_while_others_run(config, tmp_path):
+    """On Ray several trials are under way at once, and what is asked next depends on who ends first; what must hold does not."""
+    outcome = run_sweep(config, tmp_path, Quiet(), "ray")
+    assert (outcome.state, outcome.num_reused, outcome.failed_trials) == ("complete", 0, ())
+    trials, metrics = table(tmp_path)
+    states = Counter(trial["state"] for trial in trials.values())
+    assert states.total() == 7, "three points of the tree and three of the reference, beside the reference as it is"
+    assert states.keys() == {"complete", "pruned"}
+    assert len(metrics) == outcome.num_run
+    assert verify(NAME, tmp_path).problems == ()
+    again = run_sweep(config, tmp_path, Quiet(), "ray")
+    assert (again.state, again.num_run) == ("complete", 0)
+    assert table(tmp_path) == (trials, metrics)
