@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from fffsweep.sweeps.config import SweepConfig
     from fffsweep.sweeps.submission import Job
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A sweep config, such as sweeps/quickstart.yaml.")]
@@ -32,7 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LOCAL = "http://127.0.0.1:8265"
 RESULTS = Path("results")
 
-cluster_app = typer.Typer(help="A Ray cluster with token authentication, bound to this machine unless told otherwise.")
+cluster_app = typer.Typer(help="A Ray cluster with token authentication, its job server bound to this machine unless told otherwise.")
 
 
 def register(app: typer.Typer) -> None:
@@ -128,7 +129,9 @@ def stop(
 
 @cluster_app.command("start")
 def cluster_start(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; other machines need one that they can reach.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address of the job server; other machines need one that they can reach.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port that nodes join at.")] = 6379,
     dashboard_port: Annotated[int, typer.Option("--dashboard-port", help="Port that jobs are sent to.")] = 8265,
     block: Annotated[bool, typer.Option("--block", help="Stay until it ends, as containers and services need.")] = False,
@@ -185,12 +188,23 @@ def cluster_token() -> None:
 
 @cluster_app.command("drive", hidden=True)
 def cluster_drive(
-    study: StudyOrJob, results: SharedResults = RESULTS, address: Annotated[str | None, typer.Option("--address")] = None
+    study: StudyOrJob,
+    results: SharedResults = RESULTS,
+    address: Annotated[str | None, typer.Option("--address")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Without it, that of the study's record.")] = None,
 ) -> int:
-    """Drive a study by the config that its record holds; what `resume` has a job do."""
+    """Drive a study: what `submit` and `resume` have a job do."""
+    from fffsweep.cli import drive
+    from fffsweep.sweeps.config import load_config
+
+    sweep = _recorded(study, results) if config is None else load_config(config)
+    os.chdir("/")  # a job's own folder is laid out anew when another node on the same machine begins to work for it
+    return drive(sweep, results, "ray", address)
+
+
+def _recorded(study: str, results: Path) -> SweepConfig:
     from pydantic import ValidationError
 
-    from fffsweep.cli import drive
     from fffsweep.sweeps.config import ConfigError, SweepConfig
     from fffsweep.sweeps.record import load, study_folder
 
@@ -198,14 +212,17 @@ def cluster_drive(
     if stored is None:
         raise ConfigError(f"study {study!r}: there is none under {results / 'studies'}; submit its config")
     try:
-        config = SweepConfig.model_validate(stored["config"])
+        return SweepConfig.model_validate(stored["config"])
     except ValidationError:
         raise ConfigError(f"study {study!r}: its config is of another version of fffsweep; submit it with that one") from None
-    return drive(config, results, "ray", address)
 
 
 def _ray_start(options: list[str]) -> int:
-    """`ray start` with a token, by this environment's Ray, so that jobs find its Python first."""
+    """`ray start` with a token, by this environment's Ray, so that jobs find its Python first.
+
+    The port of a node's agent is chosen: at a fixed one the agents of a machine's second node, or cluster, could not listen and no job
+    would ever start there.
+    """
     from fffsweep.sweeps.cluster_auth import make_token
 
     make_token()
@@ -216,7 +233,7 @@ def _ray_start(options: list[str]) -> int:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": os.environ.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "90"),
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *options]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--dashboard-agent-listen-port=0", *options]
     return subprocess.run(command, env=environment).returncode
 
 

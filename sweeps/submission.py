@@ -31,6 +31,7 @@ _SHIPPED = ("*.py", "*.so", "*.yaml", "*.json", "*.csv", "*.txt", "*.html", "*.c
 _STUDY, _RESULTS = "fffsweep.study", "fffsweep.results"
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _STOPPED_CODE = "exit code 130"
+_AGENT_S = 120.0
 _POLL_S = 1.0
 
 Code = Literal["ship", "image"]
@@ -75,7 +76,7 @@ class Cluster:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             (folder / "sweep.json").write_text(json.dumps(config.resolved()))
-            return self._send(config.name, results, ["run", "sweep.json"], folder, code)
+            return self._send(config.name, results, ["--config", "sweep.json"], folder, code)
 
     def resume(self, study: str, results: Path | None = None, code: Code = "ship") -> Job:
         """Send a study again that has ended before its end; its config is the one that its record on the cluster holds."""
@@ -85,7 +86,7 @@ class Cluster:
         if results is None and not jobs:
             raise ConfigError(f"study {study!r}: the cluster knows no job of it; say where its results lie with --results, or submit it")
         with tempfile.TemporaryDirectory() as temporary:
-            return self._send(study, results or Path(jobs[-1].results), ["cluster", "drive", study], Path(temporary), code)
+            return self._send(study, results or Path(jobs[-1].results), [], Path(temporary), code)
 
     def jobs(self, study: str | None = None) -> list[Job]:
         """Jobs of a study, or of all studies, oldest first."""
@@ -126,7 +127,7 @@ class Cluster:
         if job.is_over:
             return job
         flag = study_folder(Path(job.results), job.study) / "stop"
-        self._client.submit_job(entrypoint=f"touch -- {shlex.quote(str(flag))}", metadata={"fffsweep.stops": job.id})
+        self._submit_job(entrypoint=f"touch -- {shlex.quote(str(flag))}", metadata={"fffsweep.stops": job.id})
         deadline = time.monotonic() + grace_s
         while not (now := self.find(job.id)).is_over and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -134,23 +135,41 @@ class Cluster:
             self._client.stop_job(job.id)
         return self.find(job.id)
 
-    def _send(self, study: str, results: Path, command: list[str], folder: Path, code: Code) -> Job:
+    def _send(self, study: str, results: Path, options: list[str], folder: Path, code: Code) -> Job:
         if code == "ship":
             pack(folder)
-        words = ["python", "-c", MAIN, *command, "--results", str(results), "--address", "auto"]
+        command = ["cluster", "drive", *options, "--results", str(results), "--address", "auto", "--", study]
+        words = ["python", "-P", "-c", MAIN, *command]
         runtime = {"working_dir": str(folder), "env_vars": {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONUNBUFFERED": "1"}}
         metadata = {_STUDY: study, _RESULTS: str(results), "fffsweep.code": code, "fffsweep.version": fffsweep.__version__}
         number = len(self.jobs(study)) + 1
         while True:
             identity = f"{re.sub('[^A-Za-z0-9_.-]', '-', study)}-{number}"
             try:
-                self._client.submit_job(entrypoint=shlex.join(words), submission_id=identity, runtime_env=runtime, metadata=metadata)
+                self._submit_job(entrypoint=shlex.join(words), submission_id=identity, runtime_env=runtime, metadata=metadata)
             except RuntimeError as error:
                 if "already exists" not in str(error):
                     raise
                 number += 1
                 continue
             return self.find(identity)
+
+    def _submit_job(self, **job: Any) -> None:
+        """Of a cluster that has just been started the dashboard answers before the agents do that start jobs."""
+        deadline = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                self._client.submit_job(**job)
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"cluster {self.address} has had no agent to start a job with for {_AGENT_S:g} s: look at its nodes with "
+                        "`ray status`, and whether they have the packages of 'fffsweep[cluster]'"
+                    ) from None
+            time.sleep(_POLL_S)
 
 
 def pack(folder: Path) -> None:

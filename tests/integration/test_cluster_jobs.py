@@ -51,7 +51,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     environment = {**kept, "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     dashboard = free_port()
     command = [*PROGRAM, "cluster", "start", "--block", "--port", str(free_port()), "--dashboard-port", str(dashboard), "--"]
-    command += ["--num-cpus=2", f"--object-store-memory={80 * 2**20}", "--dashboard-agent-listen-port=0"]
+    command += ["--num-cpus=2", f"--object-store-memory={80 * 2**20}"]
     log = (home / "head.log").open("wb")
     process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=log)
 

@@ -75,7 +75,27 @@ def test_every_attempt_has_an_id_of_its_own_and_names_are_quoted(cluster, tiny_d
     assert cluster.find(config.name).state == "STOPPED"
     again = cluster.resume("a b; rm -rf /", code="image")
     assert again.id == "a-b--rm--rf---2"
-    assert " cluster drive 'a b; rm -rf /' --results " in cluster._client.jobs[1].entrypoint
+    sent = [job.entrypoint for job in cluster._client.jobs]
+    assert all(f" --results '{tmp_path}/my results' --address auto -- 'a b; rm -rf /'" in entrypoint for entrypoint in sent)
+    assert [" --config sweep.json " in entrypoint for entrypoint in sent] == [True, False]
+
+
+def test_a_cluster_that_has_just_been_started_is_waited_for(cluster, tiny_directory_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "_POLL_S", 0.0)
+    refusals = iter(["No available agent to submit job"] * 3)
+    ready = cluster._client.submit_job
+
+    def submit_job(**job):
+        if refusal := next(refusals, None):
+            raise RuntimeError(f"Request failed with status code 500: {refusal}, please try again later..")
+        ready(**job)
+
+    cluster._client.submit_job = submit_job
+    assert cluster.submit(tiny_directory_config, tmp_path, code="image").id == "tiny-directory-1"
+    monkeypatch.setattr(submission, "_AGENT_S", -1.0)
+    refusals = iter(["No available agent to submit job"] * 3)
+    with pytest.raises(ConfigError, match="no agent to start a job with"):
+        cluster.stop(cluster.find("tiny-directory"), grace_s=0)
 
 
 def test_an_unknown_study_names_those_there_are(cluster, tiny_directory_config, tmp_path):
