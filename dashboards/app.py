@@ -26,8 +26,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 import fffsweep
 from fffsweep.dashboards import formats, links, picking, report
 from fffsweep.dashboards.choice import ChoiceError
-from fffsweep.dashboards.figures import COLOURS
-from fffsweep.dashboards.pages import PAGES, Query
+from fffsweep.dashboards.figures import COLOURS, Figure
+from fffsweep.dashboards.pages import PAGE_ROWS, PAGES, Query
 from fffsweep.dashboards.queries import StudyView, disk_bytes, list_studies, load_study, stamp
 from fffsweep.dashboards.security import FIELD, guard, is_loopback
 
@@ -124,15 +124,30 @@ def create_app(
     def written(study: str) -> Response:
         return _attachment(report.html(load_study(results, study)).encode(), "html", f"{study}.html")
 
+    def drawn_on(view: StudyView, page: str, query: Query, slug: str) -> Figure:
+        if page not in PAGES:
+            raise ValueError(f"page {page!r}: expected one of {', '.join(PAGES)}")
+        drawn: dict[str, Figure] = {item.slug: item for item in PAGES[page](view, query).get("figures", [])}
+        if slug not in drawn:
+            raise ValueError(f"figure {slug!r} of page {page}: expected one of {', '.join(drawn) or 'none, nothing has finished yet'}")
+        return drawn[slug]
+
+    @app.get("/table", response_class=HTMLResponse)
+    def table(request: Request, study: str, page: str, figure: str, line: str = "0") -> Response:
+        view, query = load_study(results, study), query_of(request)
+        item = drawn_on(view, page, query, figure)
+        first = min(int(line), max(len(item.rows) - 1, 0)) if line.isdecimal() else 0
+        back = f"/{page}?" + query.without("page", "figure", "line") + f"#{figure}"
+        link = "/trial?" + urlencode({"study": study}) + "&trial="
+        shown: dict[str, Any] = {"item": item, "first": first, "most": PAGE_ROWS, "back": back, "link": link, "query": query}
+        return rendered("table.html", view=view, page=page, **shown)
+
     @app.get("/download")
     def download(request: Request, study: str, page: str, figure: str, format: str) -> Response:
         view, query = load_study(results, study), query_of(request)
-        if page not in PAGES or format not in ("csv", "parquet"):
+        if format not in ("csv", "parquet"):
             return failed("No such download", "expected a figure's CSV or Parquet, as its buttons give them", 400)
-        drawn = {item.slug: item for item in PAGES[page](view, query).get("figures", [])}
-        if figure not in drawn:
-            return failed("No such figure", f"figure {figure!r}: expected one of {', '.join(drawn)}", 404)
-        lines = drawn[figure].rows
+        lines = drawn_on(view, page, query, figure).rows
         data = formats.csv_of(lines).encode() if format == "csv" else formats.parquet_of(lines)
         return _attachment(data, format, f"{figure}.{format}")
 

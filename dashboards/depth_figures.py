@@ -112,7 +112,9 @@ def _finish(view: StudyView, metric: str, groups: dict[str, list[TrialView]], fi
     """Add the level of `none`, that of the baseline where it is near enough not to flatten the rest, and the rows."""
     none = view.no_feedforward
     layout = figure.spec["layout"]
-    layout |= level(none, metric, "")
+    entry, line = level(none, metric, "")
+    layout |= line
+    figure.spec["data"].extend(entry)
     shown = [trial for group in groups.values() for trial in group] + ([none] if none else [])
     figure.rows.extend(trial_rows(view, [metric], shown))
     baseline = view.reference.value(BASELINE[metric]) if view.reference and metric in BASELINE else None

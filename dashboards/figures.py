@@ -168,11 +168,14 @@ def points(view: StudyView, trials: Sequence[TrialView], x: str, y: str, kind: s
     return trace
 
 
-def level(trial: TrialView | None, metric: str, remark: str) -> Spec:
-    """Horizontal line at a trial's value, for trials that have no place on the other axis; its interval is a band."""
+def level(trial: TrialView | None, metric: str, remark: str) -> tuple[list[Spec], Spec]:
+    """Horizontal line at a trial's value, for trials that have no place on the other axis; its interval is a band.
+
+    Its entry of the legend, where the value cannot lie on a point, and what the layout is given.
+    """
     estimate = trial.estimate(metric) if trial else None
     if trial is None or estimate is None:
-        return {}
+        return [], {}
     across: Spec = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
     shapes = [
         {**across, "type": "line", "y0": estimate.value, "y1": estimate.value, "line": {"color": "@none", "width": 2, "dash": "dash"}}
@@ -181,8 +184,9 @@ def level(trial: TrialView | None, metric: str, remark: str) -> Spec:
         low, high = estimate.interval
         shapes.append({**across, "type": "rect", "y0": low, "y1": high, "fillcolor": "@none", "opacity": 0.15, "line": {"width": 0}})
     text = f"{html.escape(trial.id)}: {number(estimate.value)}{remark}"
-    note = {"xref": "paper", "x": 0.01, "xanchor": "left", "y": estimate.value, "yanchor": "bottom", "text": text, "showarrow": False}
-    return {"shapes": shapes, "annotations": [{**note, "font": {"color": "@none"}}]}
+    line = {"color": "@none", "width": 2, "dash": "dash"}
+    entry: Spec = {"type": "scatter", "mode": "lines", "name": text, "x": [None], "y": [None], "line": line}
+    return [entry], {"shapes": shapes}
 
 
 def pareto(
@@ -235,7 +239,8 @@ def pareto(
             "cmin": min(every, default=0),
         }
     if x.startswith("ff/"):
-        layout |= level(view.no_feedforward, y, " (no layer to time)")
+        entry, line = level(view.no_feedforward, y, " (no layer to time)")
+        data, layout = data + entry, layout | line
     caption = (
         "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete. "
         "The paper's models can be switched on in the legend."

@@ -34,7 +34,8 @@ class Query:
         return (self.values.get(name) or [default])[-1]
 
     def all(self, name: str) -> list[str]:
-        return self.values.get(name, [])
+        """The values that say something: an empty field of a form is none."""
+        return [value for value in self.values.get(name, []) if value]
 
     def number(self, name: str, default: float) -> float:
         """A number; the default where the text is none."""
@@ -47,6 +48,10 @@ class Query:
         """As a URL's query, with some values replaced."""
         merged = {**self.values, **{name: [str(value)] for name, value in changes.items()}}
         return urlencode([(name, value) for name, values in merged.items() for value in values])
+
+    def without(self, *names: str) -> str:
+        """As a URL's query, with some names left out."""
+        return Query({name: values for name, values in self.values.items() if name not in names}).text()
 
 
 Context = dict[str, Any]
@@ -190,7 +195,7 @@ def depth_page(view: StudyView, query: Query) -> Context:
 
 def training_page(view: StudyView, query: Query) -> Context:
     """Curves of chosen trials, left turns and leaf usage."""
-    asked = [trial for trial in view.trials if trial.id in set(query.all("trial"))]
+    asked = [view.trial(name) for name in dict.fromkeys(query.all("trial"))]
     chosen = (asked or training_figures.chosen_for_curves(view))[: training_figures.MOST_CURVES]
     offered = training_figures.columns(chosen) or list(training_figures.CURVES)
     value = query.get("value") if query.get("value") in offered else offered[0]
@@ -199,7 +204,7 @@ def training_page(view: StudyView, query: Query) -> Context:
     found = [training_figures.curves(view, chosen, value, seed), training_figures.left_turns(chosen, seed or 0)]
     found += [training_figures.leaf_usage(trial, seed or 0) for trial in chosen]
     return {
-        "chosen": {trial.id for trial in chosen},
+        "chosen": chosen,
         "value": value,
         "curve_choices": {name: training_figures.CURVE_TITLES[name] for name in offered},
         "replicate": "" if seed is None else str(seed),
@@ -211,11 +216,15 @@ def training_page(view: StudyView, query: Query) -> Context:
 def trial_page(view: StudyView, query: Query) -> Context:
     """Everything about one trial."""
     trial = view.trial(query.get("trial"))
-    metrics = [(name, with_interval(trial.estimate(name), 4)) for name in sorted(trial.averages, key=_importance)]
+    metrics = [
+        (name, with_interval(trial.estimate(name), 4), ", ".join(number(value, 4) for value in trial.replicates(name).values()) or "–")
+        for name in sorted(trial.averages, key=_importance)
+    ]
     curve = training_figures.curves(view, [trial])
     leaves = [training_figures.leaf_usage(trial, replicate) for replicate in range(1)]
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
-    artifacts = {stage["label"]: sorted(m.artifacts) for stage in trial.stages if (m := trial.stage_manifest(stage["label"]))}
+    found = {stage["label"]: m for stage in trial.stages if (m := trial.stage_manifest(stage["label"]))}
+    artifacts = {label: sorted(manifest.artifacts) for label, manifest in found.items()}
     manifest = trial.training(0)
     picks_of_study = picking.shown(view)
     return {
@@ -225,6 +234,7 @@ def trial_page(view: StudyView, query: Query) -> Context:
         "metrics": metrics,
         "figures": [figure for figure in (curve, *leaves) if figure is not None],
         "artifacts": artifacts,
+        "seeds": {label: manifest.run.seed for label, manifest in found.items()},
         "recipe": flat(manifest.run.config) if manifest else [],
         "finished_states": FINISHED,
         "picks": [pick for pick in picks_of_study if pick["trial"] == trial.id],
@@ -241,12 +251,11 @@ def compare_page(view: StudyView, query: Query) -> Context:
     """Two to six trials beside each other: what differs in config, and in metrics against the first, with significance."""
     wanted = list(dict.fromkeys(query.all("trial")))[:MOST_COMPARED]
     chosen = [view.trial(name) for name in wanted]
-    settings = [dict(flat(trial.model)) for trial in chosen]
+    settings = [{**dict(flat(trial.params)), **dict(flat(trial.model))} for trial in chosen]
     names = list(dict.fromkeys(name for setting in settings for name in setting))
     differing = [(name, [s.get(name, "–") for s in settings]) for name in names if len({s.get(name) for s in settings}) > 1]
     return {
         "chosen": chosen,
-        "wanted": set(wanted),
         "differing": [[name, *values] for name, values in differing],
         "metrics": _compared(view, chosen),
         "most": MOST_COMPARED,
@@ -273,7 +282,10 @@ def _compared(view: StudyView, chosen: Sequence[TrialView]) -> list[list[str]]:
             gap, p_value = gaps[name, trial.id], adjusted.get((name, trial.id))
             cell = with_interval(trial.estimate(name), 3)
             if gap is not None:
-                cell += f"; {gap.mean:+.3g}" + ("" if p_value is None else f", p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'}")
+                sign = "+" if gap.mean >= 0 else ""
+                cell += f"; {sign}{number(gap.mean, 3)}" + (
+                    "" if p_value is None else f", p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'}"
+                )
             cells.append(cell + (" *" if p_value is not None and p_value < 0.05 else ""))
         table.append([name, *cells])
     return table

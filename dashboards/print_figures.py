@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def _trace(axes: Any, trace: dict[str, Any]) -> None:
         "linewidth": 1,
         "drawstyle": _STEPS.get(line.get("shape", ""), "default"),
     }
-    axes.errorbar(trace["x"], trace["y"], elinewidth=0.6, capsize=1.5, **bars, **options)
+    xs, ys = ([math.nan if value is None else value for value in trace[name]] for name in ("x", "y"))
+    axes.errorbar(xs, ys, elinewidth=0.6, capsize=1.5, **bars, **options)
     for x, y, text in zip(trace["x"], trace["y"], trace.get("text", []), strict=False):
         axes.annotate(text.replace("$", r"\$"), (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6)
 

@@ -14,7 +14,7 @@ window.figures = (() => {
     const narrow = width < 520;
     const ink = css("--ink"), line = css("--line");
     const size = narrow ? 11 : 13;
-    const titled = (own) => ({ ...own, title: { ...own.title, font: { size } } });
+    const titled = (own) => ({ ...own, title: { standoff: 8, ...own.title, font: { size } } });
     const axis = (own) => titled({ gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, ...own });
     return {
       font: { color: ink, size, family: getComputedStyle(document.body).fontFamily },
@@ -33,6 +33,10 @@ window.figures = (() => {
 
   const draw = (element) => {
     const spec = coloured(source(element.dataset.figure).spec);
+    const names = spec.data.flatMap((trace) => (trace.text || []).filter(Boolean));
+    if (element.clientWidth < 520 && names.length > 5) {  // they would lie on each other; a tap and the table tell them
+      for (const trace of spec.data) if (trace.mode) trace.mode = trace.mode.replace("+text", "");
+    }
     const options = { responsive: true, displaylogo: false, displayModeBar: false };
     return Plotly.react(element, spec.data, themed(spec.layout, element.clientWidth), options).then(() => {
       element.dataset.drawn = "true";
@@ -70,14 +74,31 @@ window.figures = (() => {
     return Plotly.downloadImage({ data: spec.data, layout }, { format: button.dataset.download, filename: slug, width: 1000, height: 620, scale: 2 });
   };
 
-  const all = () => Promise.all([...document.querySelectorAll("[data-figure]")].map(draw));
+  const pause = () => new Promise((done) => setTimeout(done));
+
+  // One after the other, from the top, so that the page answers in between.
+  const all = async () => {
+    for (const element of document.querySelectorAll("[data-figure]")) {
+      if (element.isConnected) await draw(element);
+      await pause();
+    }
+  };
+
+  // plotly.js is large: the page is painted and can be used before it is run. A report has it in itself.
+  const plotly = () =>
+    window.Plotly ? Promise.resolve() : new Promise((done, failed) => requestAnimationFrame(() => setTimeout(() => {
+      const script = document.createElement("script");
+      script.src = document.getElementById("plotly").href;
+      script.onload = done;
+      script.onerror = failed;
+      document.head.append(script);
+    })));
+  const ready = new Promise((done) => addEventListener("DOMContentLoaded", () => done(plotly())));
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-download]");
     if (button) download(button);
   });
-  addEventListener("DOMContentLoaded", () => {
-    all().then(() => (document.documentElement.dataset.figures = "drawn"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-  });
-  return { draw, all };
+  ready.then(all).then(() => (document.documentElement.dataset.figures = "drawn"));
+  ready.then(() => matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all));
+  return { draw, all: () => ready.then(all) };
 })();

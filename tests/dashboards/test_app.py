@@ -147,6 +147,21 @@ def test_downloads_of_a_figure(client, page, figure):
     get(client, "/download", 400, study="whole", page=page, figure=figure, format="exe")
 
 
+def test_every_figure_is_a_table_too(client, whole):
+    """For a keyboard and a screen reader: the points of a figure are links to their trials."""
+    page = get(client, "/pareto", study="whole").text
+    assert "/table?study=whole&amp;page=pareto&amp;figure=pareto" in page
+    table = get(client, "/table", study="whole", page="pareto", figure="pareto", depth_min="0").text
+    for trial in whole.finished:
+        if trial.variant != "none":
+            assert f">{trial.id}</a>" in table
+    assert 'href="/pareto?study=whole&amp;depth_min=0#pareto"' in table
+    assert "Lines " not in table
+    assert "expected one of" in get(client, "/table", 404, study="whole", page="pareto", figure="other").text
+    assert "expected one of" in get(client, "/table", 404, study="whole", page="nowhere", figure="pareto").text
+    assert "nothing has finished yet" in get(client, "/table", 404, study="fresh", page="pareto", figure="pareto").text
+
+
 @pytest.mark.parametrize("format", ["csv", "parquet", "json", "latex", "markdown"])
 def test_downloads_of_a_study(client, evil, format):
     response = get(client, "/results", study=evil, format=format)

@@ -189,6 +189,66 @@ def test_keyboard_reaches_the_content(visit, address):
     assert page.url.endswith("#main")
 
 
+FOCUS = """() => { const at = document.activeElement, style = getComputedStyle(at);
+  return [at.getAttribute("aria-label") || at.name || at.textContent.trim(), style.outlineStyle, parseFloat(style.outlineWidth)]; }"""
+
+
+def tab_to(page, wanted, most=80):
+    """Press Tab until what has the focus is called `wanted`; all the way the focus must be seen."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        name, outline, width = page.evaluate(FOCUS)
+        assert (outline, width) == ("solid", 3), f"the focus on {name!r} cannot be seen"
+        if name == wanted:
+            return
+    raise AssertionError(f"no {wanted!r} after {most} tabs, the last one was {name!r}")
+
+
+def test_everything_can_be_done_by_keyboard(visit, address):
+    """The slider, a filter, the points of a figure, a trial, a comparison and the pick's form, with Tab, arrows and Enter alone."""
+    page = visit("desk")
+    page.goto(f"{address}/pareto?study=small")
+    settled(page)
+    tab_to(page, "q")
+    page.keyboard.type("x7")
+    page.keyboard.press("Enter")
+    page.get_by_text("1 of 9 trials pass the filters").wait_for()
+    tab_to(page, "kept")
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text("Fastest that keeps 95.5 % of the dense quality").wait_for()
+    page.goto(f"{address}/pareto?study=small")
+    settled(page)
+    tab_to(page, "Table of Pareto front")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/table?**")
+    assert violations(page) == []
+    tab_to(page, "1x8")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/trial?**")
+    tab_to(page, "Compare with another")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/compare?**")
+    tab_to(page, "trial")
+    tab_to(page, "trial")
+    page.keyboard.type("512x0")
+    page.keyboard.press("Escape")  # the list of suggestions
+    page.keyboard.press("Enter")
+    page.get_by_role("region", name="Metrics and differences").wait_for()
+    page.goto(f"{address}/study?study=small")
+    tab_to(page, "8x5")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/trial?**")
+    tab_to(page, "Pick this trial")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**#pick")
+    tab_to(page, "alias")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("two words")
+    page.keyboard.press("Enter")
+    assert page.get_by_label("Alias in the registry").evaluate("each => !each.checkValidity()"), "the form itself must refuse it"
+    assert page.url.endswith("#pick")
+
+
 def test_a_thousand_trials_are_usable_soon(visit, address):
     """Goal 1.5 s from the click to the drawn figure; the bound leaves room for a busy machine."""
     page = visit("desk")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.request
@@ -77,6 +78,38 @@ for auto, folder in ((AutoModelForMaskedLM, "mlm"), (AutoModelForSequenceClassif
     assert "line 2: no [MASK]" in fffsweep("predict", str(tmp_path / "mlm"), stdin="[MASK]\nfilm\n", code=2)
     assert "absent or empty" in fffsweep("export", "tiny", "4x3", str(tmp_path / "mlm"), "--results", str(trained), code=2)
     assert "expected one of" in fffsweep("pick", "tiny", "4x9", "--alias", "a", "--results", str(trained), code=2)
+
+
+def test_a_pick_goes_to_an_mlflow_server(trained, fffsweep, servers, tmp_path, monkeypatch):
+    """The whole registration over HTTP: run, model, alias and evidence are at the server, and nothing in the file beside the results."""
+    before = sqlite_picks(trained / "mlflow.db")
+    with servers.mlflow_server(f"sqlite:///{tmp_path / 'server.db'}", tmp_path) as url:
+        monkeypatch.setenv("FFFSWEEP_MLFLOW_URI", url)
+        fffsweep("verify", "tiny", "--repair", "--results", str(trained))  # the trials' runs, as a sweep would have told them
+        told = fffsweep("pick", "tiny", "4x3", "--alias", "served", "--fresh-seeds", "0", "--results", str(trained))
+        assert "models:/tiny@served (version 1)" in told
+        program = """
+import json, mlflow, sys
+mlflow.set_tracking_uri(sys.argv[1])
+client = mlflow.MlflowClient()
+version = client.get_model_version_by_alias("tiny", "served")
+run = client.get_run(version.run_id)
+evidence = json.loads(open(mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path="evidence.json")).read())
+predicted = mlflow.pyfunc.load_model("models:/tiny@served").predict(["a [MASK] film"])
+runs = client.search_runs([run.info.experiment_id])
+print(json.dumps([run.info.status, evidence["trial"], len(predicted), sorted({each.info.status for each in runs}), len(runs)]))
+"""
+        ended = subprocess.run([sys.executable, "-P", "-c", program, url], capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    status, trial, predicted, statuses, num_runs = json.loads(ended.stdout.splitlines()[-1])
+    assert (status, trial, predicted, statuses) == ("FINISHED", "4x3", 1, ["FINISHED"])
+    assert num_runs > 10
+    assert sqlite_picks(trained / "mlflow.db") == before
+
+
+def sqlite_picks(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT COUNT(*) FROM runs WHERE name LIKE 'pick %'").fetchone()[0]
 
 
 @contextlib.contextmanager
