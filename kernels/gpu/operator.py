@@ -59,25 +59,11 @@ def _train(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels: 
     return launch.run_grouped(x, w_in, b_in, w_out, levels, activation, precision)
 
 
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    logits: Tensor,
-    leaves: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    levels: int,
-    activation: int,
-    precision: str,
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Nine tensors, then levels, activation and precision, in the schema's order, which is that of `launch.run_backward`."""
     from fffsweep.kernels.gpu import launch
 
-    grad_y, x, w_in, b_in, w_out = contiguous(grad_y, x, w_in, b_in, w_out)
-    logits, leaves, order, starts = contiguous(logits, leaves, order, starts)
-    return launch.run_backward(grad_y, x, w_in, b_in, w_out, logits, leaves, order, starts, levels, activation, precision)
+    return launch.run_backward(*contiguous(*arguments[:9]), *arguments[9:])
 
 
 def _infer_shape(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, *settings: Any) -> Tensor:

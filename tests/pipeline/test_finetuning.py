@@ -140,5 +140,5 @@ def test_kept_weights_load_again(context):
 
 
 def test_a_task_that_was_not_prepared_is_refused(context):
-    with pytest.raises(ValueError, match=r"'cola' was not prepared: expected one of pair, three, value"):
+    with pytest.raises(ValueError, match=r"'cola' was not prepared: expected one of few, pair, three, value"):
         Finetune().run(config_of("cola"), context())
