@@ -98,9 +98,9 @@ class Sweep:
         self._drivers.append(driver)
         return driver
 
-    def finish(self, driver: subprocess.Popen[str], code: int = 0) -> str:
+    def finish(self, driver: subprocess.Popen[str], code: int = 0, limit_s: float = LIMIT_S) -> str:
         """Wait for a driver's end; what all drivers printed so far."""
-        driver.wait(LIMIT_S)
+        driver.wait(limit_s)
         printed = self.output.read_text()
         assert driver.returncode == code, printed[-5000:]
         return printed

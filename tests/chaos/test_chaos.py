@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.cluster import ThreeNodes, wait_for
-from tests.chaos.study import Sweep
+from tests.chaos.study import LIMIT_S, Sweep
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 Table = dict[str, Any]
@@ -106,7 +106,7 @@ def test_a_stage_hangs(sweep: Sweep, undisturbed: Sweep, expected: Table, chance
     run = sweep.wait_running(driver, "pretrain", 1)
     lull(chance)
     os.kill(run.pid, signal.SIGSTOP)
-    printed = sweep.finish(driver)
+    printed = sweep.finish(driver, limit_s=LIMIT_S + timeout_s)
     assert f"still running after its timeout of {timeout_s:g} s; trying again" in printed
     sweep.check(expected)
 
