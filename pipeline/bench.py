@@ -1,8 +1,8 @@
-"""Training speed: steps of pretraining with a tree by CMM, by its masked form, and with a dense layer of the same width.
+"""Training speed: steps of pretraining and of finetuning with a tree by CMM, by its masked form, and with a dense layer as wide.
 
 `python -m fffsweep.pipeline.bench` times twelve layers of the published width and vocabulary; options make it smaller.
 `--device cuda --precision bf16` trains on a GPU as the stages do there. Each variant lives in a process of its own, so that its peak
-memory is its own; their steps alternate.
+memory is its own; their steps alternate. Finetuning follows when pretraining has ended: three models are in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fffsweep.kernels.shape import TreeShape, parse_layout
 from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline.stages.finetune import FinetuneRecipe
+from fffsweep.pipeline.stages.pretrain import PretrainRecipe
 
 SCHEMA = "fffsweep.bench/1"
+Batch = Callable[[int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,20 @@ class TrainingCase:
 
 
 VARIANTS = ("dense", "masked", "cmm")
+PHASES = ("pretrain", "finetune")
 
 
 def time_training(case: TrainingCase) -> list[dict[str, Any]]:
-    """A row for each variant: tokens a second of whole steps (forward, backward, AdamW), alternating, and peak memory."""
+    """A row for each phase and variant: tokens a second of whole steps (forward, backward, AdamW), alternating, and peak memory."""
+    return [row for phase in PHASES for row in _time_phase(case, phase)]
+
+
+def _time_phase(case: TrainingCase, phase: str) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     workers = []
     for name in VARIANTS:
         here, there = context.Pipe()
-        process = context.Process(target=_train, args=(case, name, there), daemon=True)
+        process = context.Process(target=_train, args=(case, phase, name, there), daemon=True)
         process.start()
         there.close()
         here.recv()  # built and warm before the next one starts
@@ -84,7 +96,7 @@ def time_training(case: TrainingCase) -> list[dict[str, Any]]:
     tokens = case.batch * case.sequence_length
     speed = {name: tokens / median(times) for name, times in seconds.items()}
     return [
-        {"suite": "training", "direction": "train", "variant": name}
+        {"suite": "training", "direction": "train", "phase": phase, "variant": name}
         | asdict(case)
         | {
             "tokens_per_s": speed[name],
@@ -108,36 +120,23 @@ def _quantile(times: list[float], fifth: int) -> float:
     return quantiles(times, n=5, method="inclusive")[fifth - 1] if len(times) > 1 else times[0]
 
 
-def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
+def _train(case: TrainingCase, phase: str, name: str, pipe: Connection) -> None:
     """Build a model, take two steps to warm up, then one whenever told, sending its seconds; at last the peak memory, by kind."""
     import torch
 
     from fffsweep.pipeline import optimisation
-    from fffsweep.pipeline.masking import Masking
-    from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
-    from fffsweep.pipeline.stages.pretrain import PretrainRecipe
 
     torch.set_num_threads(case.threads)
-    config = FffConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        num_hidden_layers=case.num_layers,
-        num_attention_heads=case.num_heads,
-        max_position_embeddings=case.sequence_length,
-        feedforward=case.feedforward(name),
-    )
     with optimisation.reproducible(0):
-        model = FffForMaskedLM(config).to(case.device)  # type: ignore[arg-type]
-        recipe = PretrainRecipe(steps=1)
+        model, recipe, batch = (_pretraining if phase == "pretrain" else _finetuning)(case, name)
+        model.to(case.device)
         optimizer = optimisation.make_optimizer(model, recipe)
-        masking = Masking(4, tuple(range(5)), case.vocabulary, recipe.mask_share)
-        sequences = torch.randint(5, case.vocabulary, (case.batch, case.sequence_length)).numpy()
 
         def step(number: int) -> float:
             begun = time.perf_counter()
-            inputs, positions, labels = (torch.from_numpy(each).to(case.device) for each in masking.apply(sequences, 0, number))
+            inputs = {name: each.to(case.device) for name, each in batch(number).items()}
             with optimisation.autocast(case.precision, case.device):
-                loss = model(input_ids=inputs, positions=positions, labels=labels).loss
+                loss = model(**inputs).loss
             loss.backward()
             optimisation.apply_gradients(model, optimizer, recipe.learning_rate, recipe.clip)
             if case.device == "cuda":
@@ -152,6 +151,50 @@ def _train(case: TrainingCase, name: str, pipe: Connection) -> None:
             pipe.send(step(number))
         device_bytes = torch.cuda.max_memory_allocated() if case.device == "cuda" else None
         pipe.send({"peak_rss_bytes": optimisation.peak_rss_bytes(), "peak_device_bytes": device_bytes})
+
+
+def _pretraining(case: TrainingCase, name: str) -> tuple[Any, PretrainRecipe, Batch]:
+    import torch
+
+    from fffsweep.pipeline.masking import Masking
+    from fffsweep.pipeline.model import FffForMaskedLM
+
+    recipe, sequences = PretrainRecipe(steps=1), _sequences(case)
+    masking = Masking(4, tuple(range(5)), case.vocabulary, recipe.mask_share)
+
+    def batch(number: int) -> dict[str, Any]:
+        inputs, positions, labels = (torch.from_numpy(each) for each in masking.apply(sequences, 0, number))
+        return {"input_ids": inputs, "positions": positions, "labels": labels}
+
+    return FffForMaskedLM(_model_config(case, name, dropout=0.0)), recipe, batch
+
+
+def _finetuning(case: TrainingCase, name: str) -> tuple[Any, FinetuneRecipe, Batch]:
+    import torch
+
+    from fffsweep.pipeline.model import FffForSequenceClassification
+
+    recipe, ids = FinetuneRecipe(), torch.from_numpy(_sequences(case))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(case.batch) % 2}
+    return FffForSequenceClassification(_model_config(case, name, recipe.dropout)), recipe, lambda number: inputs
+
+
+def _model_config(case: TrainingCase, name: str, dropout: float) -> Any:
+    from fffsweep.pipeline.model import FffConfig
+
+    return FffConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        num_hidden_layers=case.num_layers,
+        num_attention_heads=case.num_heads,
+        max_position_embeddings=case.sequence_length,
+        feedforward=case.feedforward(name),
+        hidden_dropout_prob=dropout,
+    )
+
+
+def _sequences(case: TrainingCase) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(5, case.vocabulary, (case.batch, case.sequence_length))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,10 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     if as_json:
         print(json.dumps({"schema": SCHEMA, "provenance": provenance(), "rows": rows}, indent=1))
         return 0
-    print(f"{'variant':8} {'tokens/s':>10} {'vs dense':>9} {'vs masked':>10} {'peak MiB':>9}")
+    print(f"{'phase':8} {'variant':8} {'tokens/s':>10} {'vs dense':>9} {'vs masked':>10} {'peak MiB':>9}")
     for row in rows:
         figures = f"{row['tokens_per_s']:10.0f} {row['speedup_vs_dense']:9.2f} {row['speedup_vs_masked']:10.2f}"
-        print(f"{row['variant']:8} {figures} {(row['peak_device_bytes'] or row['peak_rss_bytes']) / 2**20:9.0f}")
+        print(f"{row['phase']:8} {row['variant']:8} {figures} {(row['peak_device_bytes'] or row['peak_rss_bytes']) / 2**20:9.0f}")
     return 0
 
 
