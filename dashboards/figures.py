@@ -114,9 +114,8 @@ def axis(title: str, log: bool = False, **more: Any) -> Spec:
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether an axis of these values wants a logarithm."""
-    positive = [value for value in values if value > 0]
-    return len(positive) > 1 and max(positive) / min(positive) > 10
+    """Whether an axis of these values wants a logarithm, and can have one."""
+    return len(values) > 1 and min(values) > 0 and max(values) / min(values) > 10
 
 
 def error_bars(trials: Sequence[TrialView], metric: str) -> Spec | None:
@@ -230,8 +229,8 @@ def pareto(
             data.append(points(view, controls, x, y, kind, len(controls) <= _MANY))
     if x == REL_TIME and y.startswith("quality/"):
         data.append(_paper_trace())
-    values = [trial.metrics[x] for trial in (*shown, *overlays)]
-    layout: Spec = {"xaxis": axis(label(x), is_wide(values)), "yaxis": axis(label(y))}
+    across, up = ([trial.metrics[name] for trial in (*shown, *overlays)] for name in (x, y))
+    layout: Spec = {"xaxis": axis(label(x), is_wide(across)), "yaxis": axis(label(y), is_wide(up))}
     if third:
         layout["coloraxis"] = {
             "colorscale": "Cividis",
@@ -274,9 +273,10 @@ def _paper_trace() -> Spec:
 
 def spaced_labels(trials: Sequence[TrialView], x: str, y: str) -> list[str]:
     """Names of trials in order along the front; one that would lie on the name before it is left empty (hovering tells it)."""
-    log = is_wide([trial.metrics[x] for trial in trials])
-    places = [(math.log(trial.metrics[x]) if log else trial.metrics[x], trial.metrics[y]) for trial in trials]
-    spans = [max(column) - min(column) or 1.0 for column in zip(*places, strict=True)]
+    columns = [[trial.metrics[name] for trial in trials] for name in (x, y)]
+    columns = [[math.log(value) for value in column] if is_wide(column) else column for column in columns]
+    places = list(zip(*columns, strict=True))
+    spans = [max(column) - min(column) or 1.0 for column in columns]
     labels: list[str] = []
     last = None
     for trial, place in zip(trials, places, strict=True):

@@ -49,6 +49,12 @@ def test_pareto_draws_front_controls_and_the_level_of_none(whole):
     assert traces[paper.AS_TRANSCRIBED]["visible"] == "legendonly"
 
 
+def test_a_logarithm_where_it_fits_on_either_axis(whole):
+    assert figures.pareto(whole, "ff/active_width", REL_TIME).spec["layout"]["yaxis"]["type"] == "log"
+    assert "type" not in figures.pareto(whole, REL_TIME, QUALITY).spec["layout"]["yaxis"]
+    assert not figures.is_wide([-1.0, 1.0, 100.0]), "what is not positive has no place on a logarithmic axis"
+
+
 def test_three_objectives(whole):
     drawn = figures.pareto(whole, REL_TIME, QUALITY, "mlm/validation_loss")
     front = next(trace for trace in drawn.spec["data"] if trace["name"] == "Pareto front")
