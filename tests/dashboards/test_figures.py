@@ -50,7 +50,7 @@ def test_pareto_draws_front_controls_and_the_level_of_none(whole):
 
 
 def test_a_logarithm_where_it_fits_on_either_axis(whole):
-    assert figures.pareto(whole, REL_TIME, "ff/active_width").spec["layout"]["yaxis"]["type"] == "log"
+    assert figures.pareto(whole, "mlm/validation_loss", REL_TIME).spec["layout"]["yaxis"]["type"] == "log"
     assert "type" not in figures.pareto(whole, REL_TIME, QUALITY).spec["layout"]["yaxis"]
     assert not figures.is_wide([-1.0, 1.0, 100.0]), "what is not positive has no place on a logarithmic axis"
 
