@@ -199,12 +199,16 @@ def pareto(
     names = [name for name in (y, x, third) if name]
     directions = [maximised(name, view.objectives) for name in names]
     wanted = view.competing(names)
-    shown = [trial for trial in (wanted if trials is None else trials) if trial in wanted and not (x == REL_TIME and trial.metrics[x] <= 0)]
+    timed = [name for name in (x, y) if name == REL_TIME]  # a layer that is absent takes no time and has no place there
+    shown = [
+        trial for trial in (wanted if trials is None else trials) if trial in wanted and all(trial.metrics[name] > 0 for name in timed)
+    ]
     front = [entry.trial for entry in view.front(names, directions, shown)]
     members = sorted(front, key=lambda trial: (trial.metrics[x], trial.metrics[y]))
     infeasible = [trial for trial in shown if view.violated(trial)]
     dominated = [trial for trial in shown if trial not in {*members, *infeasible}]
-    overlays = [trial for trial in view.finished if trial.controls and x in trial.metrics and y in trial.metrics and trial.metrics[x] > 0]
+    overlays = [trial for trial in view.finished if trial.controls and x in trial.metrics and y in trial.metrics]
+    overlays = [trial for trial in overlays if all(trial.metrics[name] > 0 for name in (x, *timed))]
     data = []
     if dominated:
         faded = points(view, dominated, x, y, "layout", len(dominated) <= _MANY, name="dominated", opacity=0.45)
