@@ -14,7 +14,8 @@ from typing import Any
 
 from fffsweep.pipeline.lease import Claim, Lease, LeaseHeld
 from fffsweep.pipeline.machine import provenance
-from fffsweep.pipeline.stage import Metrics, StageContext, StageRun, get_stage
+from fffsweep.pipeline.settings import Settings
+from fffsweep.pipeline.stage import Metrics, Stage, StageContext, StageRun, get_stage
 from fffsweep.pipeline.store import Manifest, Store
 
 _SAVE_S = 30.0
@@ -31,12 +32,13 @@ def execute(
     stop_requested: Callable[[], bool] = lambda: False,
     device: str = "cpu",
     claim: Claim | None = None,
+    run_stage: Callable[[Stage, Settings, StageContext], Metrics] = lambda stage, config, context: stage.run(config, context),
 ) -> Manifest:
     """Result of `run`: the stored one if its key is known, else the stage is run here and published.
 
     A killed attempt's checkpoints wait in the key's work folder, which is removed when the result is published.
     `claim` says for whom it is run: a later attempt of the same sweep takes the key over from an earlier one, which may live on unseen
-    on a host that was cut off; that one then ends without touching anything.
+    on a host that was cut off; that one then ends without touching anything. `run_stage` does the work, elsewhere if it likes.
     Raises KeyBusy if another live process runs the same key, LeaseLost if one took it over, StopRequested if the stage was asked to
     stop and saved itself, ValueError if the stage returned metrics that are not finite, and whatever the stage raises.
     """
@@ -76,7 +78,7 @@ def execute(
         store.fetch_work(run.key)
         context.work.mkdir(exist_ok=True)
         with _torch_threads(threads), _naming_absent(upstream.values()), _saving(store, run.key):
-            metrics = _finite(stage.run(config, context), run.stage)
+            metrics = _finite(run_stage(stage, config, context), run.stage)
         duration_s = time.monotonic() - start
         lease.require(now=True)
         manifest = store.publish(run, metrics, output, where, started_at, duration_s)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fffsweep.pipeline import optimisation, schedules
+from fffsweep.pipeline import optimisation, schedules, workers
 from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.energy import EnergyMeter
@@ -37,8 +37,10 @@ def pretrain(config: PretrainConfig, context: StageContext) -> Metrics:
     with optimisation.reproducible(context.seed):
         run = Pretraining(config, context)
         run.resume()
+        if workers.rank():
+            torch.manual_seed(hash((context.seed, run.at.step, workers.rank())))  # else all would drop the same places
         run.train()
-        return run.publish()
+        return run.publish() if workers.rank() == 0 else {}
 
 
 def pretrain_to_rung(config: RungConfig, context: StageContext) -> Metrics:
@@ -115,8 +117,9 @@ class Pretraining:
             self.at = Progress(**state["progress"])
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        self.checkpoints.save(self.at.step, self.state())
+        """Write a checkpoint, once for all workers."""
+        if workers.rank() == 0:
+            self.checkpoints.save(self.at.step, self.state())
 
     def state(self) -> dict[str, Any]:
         """What `resume` goes on from to the same bits."""
@@ -139,15 +142,17 @@ class Pretraining:
             loss, norm, rate = self._step(spent)
             self.guard.check(at.step, loss)
             now = time.monotonic()
-            at.elapsed_s += now - begun
-            at.window_s += now - begun
+            stop = False
+            if workers.rank() == 0 and now - asked > STOP_POLL_S:
+                asked, stop = now, self.context.stop_requested()
+            took_s, stop_all = workers.agree([now - begun, stop], self.context.device)
+            at.elapsed_s += took_s
+            at.window_s += took_s
             at.window.append(loss)
             self._log(norm, rate)
-            if now - asked > STOP_POLL_S:
-                asked = now
-                if self.context.stop_requested():
-                    self.save()
-                    raise StopRequested
+            if stop_all:
+                self.save()
+                raise StopRequested
             if self.checkpoints.due():
                 self.save()
 
@@ -166,12 +171,14 @@ class Pretraining:
         config, at, total = self.config, self.at, 0.0
         rate = config.learning_rate * self._rate_factor(spent)
         micro_batches = self._micro_batches(spent)
-        for _ in range(micro_batches):
-            batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
-            loss = self._read(batch)[0] / micro_batches
-            loss.backward()
-            total += float(loss.detach())
+        for index in range(micro_batches):
+            if index % workers.count() == workers.rank():
+                batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
+                loss = self._read(batch)[0] / micro_batches
+                loss.backward()
+                total += float(loss.detach())
             at.sequences += self.micro_batch
+        total = workers.sum_gradients(self.model, total)
         norm = optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
         at.step += 1
         return total, norm, rate
@@ -217,7 +224,8 @@ class Pretraining:
         total = self.config.tokens or self.config.steps or self.config.wall_clock_s or 1
         unit = "tokens" if self.config.tokens else "steps" if self.config.steps else "s"
         self.meter.total()  # read more often than its counters wrap
-        self.context.progress(min(1.0, self._spent()) * total, total, unit, loss=row["loss"], tokens_per_s=row["tokens_per_s"])
+        if workers.rank() == 0:
+            self.context.progress(min(1.0, self._spent()) * total, total, unit, loss=row["loss"], tokens_per_s=row["tokens_per_s"])
 
     def _energy(self) -> dict[str, float]:
         """Joules by kind, of earlier attempts too."""

@@ -25,6 +25,7 @@ class Resources:
     """What one run of a stage occupies. `exclusive` asks for a node that runs nothing else meanwhile, as timings need.
 
     memory_bytes, timeout_s: a run that takes more is ended; None for no limit.
+    workers: processes of one run, each with these CPUs and GPUs.
     """
 
     cpus: int = 1
@@ -32,6 +33,7 @@ class Resources:
     exclusive: bool = False
     memory_bytes: int | None = None
     timeout_s: float | None = None
+    workers: int = 1
 
 
 class StopRequested(Exception):

@@ -172,12 +172,30 @@ class SweepConfig(Settings):
                     f"resources.{stage}.gpus={limits.gpus:g}: this stage computes on CPUs; expected 0, GPUs are for {', '.join(ON_GPU)}",
                     *("resources", stage, "gpus"),
                 )
+            if limits.workers > 1:
+                self._check_workers(stage, limits)
             threads = getattr(getattr(self.stages, stage, None), "cpus", 1)
             if limits.cpus is not None and limits.cpus < threads:
                 raise Misfit(
                     f"resources.{stage}.cpus={limits.cpus}: expected at least {threads}, its threads by stages.{stage}.cpus; leave it out",
                     *("resources", stage, "cpus"),
                 )
+
+    def _check_workers(self, stage: str, limits: StageLimits) -> None:
+        at, recipe = ("resources", stage, "workers"), self.stages.pretrain
+        if stage != "pretrain" or recipe is None:
+            raise Misfit(f"resources.{stage}.workers={limits.workers}: expected 1; pretraining alone is shared by workers", *at)
+        parts = recipe.batch_size // min(recipe.micro_batch_size, recipe.batch_size)
+        if parts % limits.workers:
+            raise Misfit(
+                f"resources.pretrain.workers={limits.workers}: expected a divisor of the {parts} micro-batches of a step; "
+                f"set stages.pretrain.micro_batch_size to {max(1, recipe.batch_size // limits.workers)}, or another number of workers",
+                *at,
+            )
+        if limits.memory_bytes is not None or self.early_stopping is not None:
+            raise Misfit(
+                f"resources.pretrain.workers={limits.workers} with memory_bytes or early_stopping: expected 1; leave the other out", *at
+            )
 
     def limits_of(self, stage: str) -> StageLimits:
         """Resources that the config gives to a stage; a rung is a part of pretraining."""

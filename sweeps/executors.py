@@ -60,7 +60,7 @@ class Capacity:
             return sum(each.exclusive for each in running) < self.num_bench
         beside = [each for each in running if not (each.exclusive and self.num_bench)]
         cpus = sum(self._cpus(each) for each in beside) + self._cpus(wanted)
-        return cpus <= self.cpus and sum(each.gpus for each in beside) + wanted.gpus <= self.gpus
+        return cpus <= self.cpus and sum(each.workers * each.gpus for each in (*beside, wanted)) <= self.gpus
 
     def is_full(self, running: Collection[Resources]) -> bool:
         """Whether no run at all can be started, so that it is idle to look at more of them."""
@@ -69,7 +69,7 @@ class Capacity:
         return shared >= self.cpus and (not self.num_bench or exclusive >= self.num_bench)
 
     def _cpus(self, resources: Resources) -> int:
-        return self.node_cpus if resources.exclusive else min(resources.cpus, self.cpus)
+        return self.node_cpus if resources.exclusive else resources.workers * min(resources.cpus, self.cpus)
 
 
 class Executor(Protocol):
@@ -100,8 +100,9 @@ def attempt(
     stop_requested: Callable[[], bool],
     device: str = "cpu",
     claim: Claim | None = None,
+    **more: Any,
 ) -> Event:
-    """Run one stage and say how it ended. Nothing but a process's death escapes."""
+    """Run one stage and say how it ended. Nothing but a process's death escapes. `more` goes to `execute`."""
     worker = f"{os.uname().nodename}:{os.getpid()}"
 
     def failed(fault: Fault, message: str, damaged_key: str | None = None) -> Event:
@@ -115,7 +116,7 @@ def attempt(
             "times compare within one kind of machine; start the driver on such a one, and label one of its kind role=bench",
         )
     try:
-        execute(run, store, report, stop_requested, device, claim)
+        execute(run, store, report, stop_requested, device, claim, **more)
     except StopRequested:
         return Event(run.key, "stopped", worker=worker)
     except KeyBusy as error:

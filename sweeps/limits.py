@@ -21,11 +21,19 @@ class StageLimits(Settings):
     cpus: Count | None = Field(default=None, ge=1, description="processors to reserve; by default as many as the stage has threads")
     gpus: Number = Field(default=0.0, ge=0, description="GPUs to reserve, a fraction shares one; more than 0 runs the stage on CUDA")
     memory_bytes: Count | None = Field(default=None, ge=2**20, description="memory of its process, beyond which it is ended and fails")
+    workers: Count = Field(
+        default=1, ge=1, description="pretrain: processes that share a run through Ray Train, each with these CPUs and GPUs"
+    )
     timeout_s: Number | None = Field(default=None, gt=0, description="seconds after which a run is ended and tried again")
     retries: Count | None = Field(default=None, ge=0, description="tries after a fault of the machine; by default the sweep's")
 
     def applied(self, own: Resources) -> Resources:
         """A stage's own resources with these limits."""
         return replace(
-            own, cpus=self.cpus or own.cpus, gpus=self.gpus or own.gpus, memory_bytes=self.memory_bytes, timeout_s=self.timeout_s
+            own,
+            cpus=self.cpus or own.cpus,
+            gpus=self.gpus or own.gpus,
+            memory_bytes=self.memory_bytes,
+            timeout_s=self.timeout_s,
+            workers=self.workers,
         )

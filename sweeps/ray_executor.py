@@ -16,9 +16,11 @@ from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.cluster_auth import use_token
 from fffsweep.sweeps.executors import Capacity, Event, Fault, attempt
+from fffsweep.sweeps.ray_workers import on_workers
 from fffsweep.sweeps.watchdog import guarded, leave_fate, take_fate
 
 BENCH = {"role": "bench"}  # label of nodes that are kept for timings
+NOT_BENCH = {name: f"!{value}" for name, value in BENCH.items()}
 _NODES_S = 1.0  # how old the list of nodes may be
 _PROGRESS_S = 0.25
 
@@ -76,13 +78,15 @@ class RayExecutor:
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "name": f"{run.stage}:{run.key[:8]}"}
         if resources.memory_bytes is not None:
             options["memory"] = resources.memory_bytes
+        if resources.workers > 1:
+            options |= {"num_cpus": 0, "num_gpus": 0}  # Ray Train reserves for the workers
         if resources.exclusive and self.capacity.num_bench:
             options["label_selector"] = BENCH
             options["num_cpus"] = min(int(node["Resources"].get("CPU", 0)) for node in self._nodes if _is_bench(node))
         elif resources.exclusive:
             options["num_cpus"] = self.capacity.node_cpus
         elif self.capacity.num_bench:
-            options["label_selector"] = {name: f"!{value}" for name, value in BENCH.items()}
+            options["label_selector"] = NOT_BENCH
         self._num_submitted += 1
         claim = Claim(self._claim.name, self._claim.rank + self._num_submitted)
         store, stop_file = self._store.resolved(), self._stop_file.resolve()
@@ -174,6 +178,7 @@ def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: P
     take_fate(fate)  # an earlier attempt's, which no driver lived to read
     drained = yield_path(stop_file, ray.get_runtime_context().get_node_id())
     terminated = threading.Event()
+    shared = {"run_stage": on_workers(resources, NOT_BENCH if any(map(_is_bench, ray.nodes())) else None)} if resources.workers > 1 else {}
     before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     try:
         with guarded(resources, fate):
@@ -184,6 +189,7 @@ def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: P
                 lambda: terminated.is_set() or stop_file.exists() or drained.exists(),
                 "cuda" if resources.gpus else "cpu",
                 claim,
+                **shared,
             )
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -124,9 +124,11 @@ def test_heavy_packages_have_one_importer(package: str, layer: str) -> None:
 
 
 def test_ray_is_known_to_tasks_and_jobs_alone() -> None:
-    """`ray_executor` runs tasks; `submission` sends jobs. Neither is imported by what may run without Ray until it is asked for."""
+    """`ray_executor` runs tasks, `ray_workers` one of them on several processes.
+
+    `submission` sends jobs. Neither is imported by what may run without Ray until it is asked for."""
     importers = {str(path) for _, path in ALL if any(found.root == "ray" for found in imports(path))}
-    assert importers <= {"sweeps/ray_executor.py", "sweeps/submission.py", PEER}
+    assert importers <= {"sweeps/ray_executor.py", "sweeps/ray_workers.py", "sweeps/submission.py", PEER}
     assert "sweeps/ray_executor.py" in importers
     assert not [path for _, path in ALL for found in imports(path) if found.root == "ray" and found.at_import]
 

@@ -105,6 +105,7 @@ class Pretrain:
         "pipeline/masking.py",
         "pipeline/portable.py",
         "pipeline/tree_health.py",
+        "pipeline/workers.py",
         *MODEL_SOURCES,
     )
     Config: ClassVar[type[Settings]] = PretrainConfig

@@ -40,6 +40,8 @@ def test_limits_change_what_a_stage_occupies_and_no_key(tiny_directory_config):
         ({"pretraining": {}}, "Input should be 'prepare', 'pretrain'"),
         ({"pretrain": {"timeout_s": 0}}, "greater than 0"),
         ({"pretrain": {"memory_bytes": "1k"}}, "greater than or equal to 1048576"),
+        ({"finetune": {"workers": 2}}, "resources.finetune.workers=2: expected 1; pretraining alone is shared"),
+        ({"pretrain": {"workers": 2}}, "resources.pretrain.workers=2: expected a divisor of the 1 micro-batches of a step; set .* to 2"),
     ],
 )
 def test_senseless_limits_are_refused(tiny_directory_config, resources, message):
@@ -64,6 +66,20 @@ def test_an_exclusive_run_waits_for_a_whole_node():
     assert three_nodes.has_room(ALONE, [TWO, TWO])
     assert not three_nodes.has_room(ALONE, [TWO, TWO, ONE])
     assert three_nodes.has_room(TWO, [ALONE, ALONE])
+
+
+def test_workers_each_take_what_a_run_takes(tiny_directory_config):
+    values = tiny_directory_config.resolved()
+    values["stages"]["pretrain"]["micro_batch_size"] = 1
+    values["resources"] = {"pretrain": {"workers": 2, "gpus": 1}}
+    shared = SweepConfig.model_validate(values).limits_of("pretrain").applied(ONE)
+    assert (shared.workers, shared.cpus, shared.gpus) == (2, 1, 1)
+    assert Capacity(cpus=3, gpus=2).has_room(shared, [ONE])
+    assert not Capacity(cpus=3, gpus=1).has_room(shared, [])
+    assert not Capacity(cpus=2, gpus=2).has_room(shared, [ONE])
+    values["resources"]["pretrain"]["memory_bytes"] = "4G"
+    with pytest.raises(ValueError, match="workers=2 with memory_bytes or early_stopping"):
+        SweepConfig.model_validate(values)
 
 
 def test_a_node_for_timings_stands_apart():

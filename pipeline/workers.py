@@ -1,0 +1,46 @@
+"""One run on several processes: what they tell each other. Alone where nobody has initialised torch.distributed.
+
+Every worker computes a part of each step and holds all weights; gradients are summed, so that all take the same step. What depends on
+clocks and flags is decided by worker 0 for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def count() -> int:
+    """Processes that share the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this one; 0 writes, reports and publishes."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def sum_gradients(model: nn.Module, loss: float) -> float:
+    """Add up the gradients of all workers in each of them; the sum of their losses. A worker without gradients adds zeros."""
+    if count() == 1:
+        return loss
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    flat = torch.cat([*(part.flatten() for part in parts), parts[0].new_tensor([loss])])
+    dist.all_reduce(flat)
+    *sums, total = flat.split([*(part.numel() for part in parts), 1])
+    for parameter, each in zip(parameters, sums, strict=True):
+        parameter.grad = each.view_as(parameter)
+    return float(total)
+
+
+def agree(values: Sequence[float], device: str) -> list[float]:
+    """Worker 0's values, in each of them."""
+    if count() == 1:
+        return list(values)
+    told = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(told, 0)
+    return [float(each) for each in told]
