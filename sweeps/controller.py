@@ -114,7 +114,7 @@ class Controller:
         self._book = Book(self._store, self._record.trials)
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling)
         self._running: dict[str, Resources] = {}
-        self._shared, self._alone = ReadyRuns(self._is_ready), ReadyRuns(self._is_ready)
+        self._shared, self._alone = (ReadyRuns(self._is_ready, self._resources) for _ in range(2))
         self._attempts: dict[str, int] = defaultdict(int)
         self._not_before: dict[str, float] = {}
         self._told: dict[str, str] = {}
@@ -192,8 +192,10 @@ class Controller:
         now, capacity = time.monotonic(), executor.capacity
 
         def accept(key: str) -> bool | None:
-            if self._not_before.get(key, 0) > now or not capacity.has_room(self._resources(key), self._running.values()):
-                return None if capacity.is_full(self._running.values()) else False
+            if self._not_before.get(key, 0) > now:
+                return False
+            if not capacity.has_room(self._resources(key), self._running.values()):
+                return None
             self._running[key] = self._resources(key)
             return True
 

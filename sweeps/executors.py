@@ -62,12 +62,6 @@ class Capacity:
         cpus = sum(self._cpus(each) for each in beside) + self._cpus(wanted)
         return cpus <= self.cpus and sum(each.workers * each.gpus for each in (*beside, wanted)) <= self.gpus
 
-    def is_full(self, running: Collection[Resources]) -> bool:
-        """Whether no run at all can be started, so that it is idle to look at more of them."""
-        exclusive = sum(each.exclusive for each in running)
-        shared = sum(self._cpus(each) for each in running if not (each.exclusive and self.num_bench))
-        return shared >= self.cpus and (not self.num_bench or exclusive >= self.num_bench)
-
     def _cpus(self, resources: Resources) -> int:
         return self.node_cpus if resources.exclusive else resources.workers * min(resources.cpus, self.cpus)
 

@@ -82,7 +82,7 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
     def is_ready(key: str) -> bool:
         return key not in started and all(upstream in finished for upstream in by_key[key].inputs)
 
-    shared, alone = ReadyRuns(is_ready), ReadyRuns(is_ready)
+    shared, alone = (ReadyRuns(is_ready, lambda key: by_key[key].resources) for _ in range(2))
     queue_of = {run.key: alone if run.resources.exclusive else shared for run in runs}
     for run in runs:
         queue_of[run.key].add(run.key, run.inputs)
@@ -103,7 +103,7 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
                 started.add(key)
                 heapq.heappush(ends, (now + by_key[key].seconds + cluster.overhead_s, len(started), key, node))
                 return True
-        return None if all(node.cpus <= 0 for node in nodes) else False
+        return None
 
     while True:
         for _ in shared.take(place):

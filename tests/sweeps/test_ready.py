@@ -58,3 +58,20 @@ def test_a_long_queue_is_not_walked_when_nothing_is_free():
     asked.clear()
     assert list(queue.take(lambda key: None)) == []
     assert len(asked) == 1
+
+
+def test_one_refusal_stands_for_its_kind():
+    """Thousands that need a free node wait behind each other, and those that need less pass them in their order."""
+    queue = ReadyRuns(lambda key: True, lambda key: key[0])
+    for number in range(1000):
+        queue.add(f"wide {number}", ())
+        queue.add(f"small {number}", ())
+    asked = []
+
+    def accept(key):
+        asked.append(key)
+        return None if key.startswith("wide") or len(asked) > 4 else key != "small 1"
+
+    assert list(queue.take(accept)) == ["small 0", "small 2"]
+    assert asked == ["wide 0", "small 0", "small 1", "small 2", "small 3"]
+    assert list(queue.take(lambda key: True))[:3] == ["wide 0", "wide 1", "small 1"]
