@@ -60,6 +60,17 @@ class TrackedRun:
         return replace(self, key=self.key or before.key, started_ms=before.started_ms, tags=tags, params=params)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A run as it stands on the server."""
+
+    run_id: str
+    trial: str
+    label: str | None
+    key: str
+    status: str
+
+
 def open_trial(trial: str, config: Mapping[str, Any], tags: Mapping[str, str]) -> TrackedRun:
     """The run of a trial that is under way, with its whole resolved config."""
     return TrackedRun(trial, None, "", "RUNNING", _now_ms(), tags=dict(tags), params=flatten(config))

@@ -12,7 +12,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,22 +27,11 @@ from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, Sq
 from mlflow.tracking import MlflowClient
 
 from fffsweep.pipeline.store import Store, create_whole
-from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Point, TrackedRun
+from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Known, Point, TrackedRun
 
 _PARENT, _NAME, _NOTE, _MADE_OF = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "fffsweep.made_of"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that one log_batch call may hold
 _SQLITE, _LARGEST = "sqlite:///", 1.7976931348623157e308  # the latter is what MLflow writes for infinity
-
-
-@dataclass(frozen=True)
-class Known:
-    """A run that is there."""
-
-    run_id: str
-    trial: str
-    label: str | None
-    key: str
-    status: str
 
 
 class Tracker:
@@ -96,6 +84,10 @@ class Tracker:
         for run_id, (run, _) in fresh.items():
             self._remember(Known(given[run_id], run.trial, run.label, run.key, run.status))
         self._is_current = True
+
+    def holds(self, trial: str, label: str, key: str) -> bool:
+        """Whether it is known that a stage run's finished result is there: writing it again would change nothing."""
+        return self._is_current and (known := self._stages.get((trial, label, key))) is not None and known.status == "FINISHED"
 
     def close(self) -> None:
         """Leave no run RUNNING: those that are still open are marked KILLED; a resumed sweep finishes them."""

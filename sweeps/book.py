@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
@@ -15,11 +16,13 @@ ENDED = ("complete", "failed", "pruned")
 class Book:
     """Grows with the sweep: trials are added, and plans of trials become longer. Used by one thread.
 
-    `trials` is the record's own list, in the order in which they came.
+    `trials` is the record's own list, in the order in which they came. durations: seconds of stage runs by key as an earlier record had
+    them, so that a large study goes on without its manifests being read one by one.
     """
 
-    def __init__(self, store: Store, trials: list[TrialState]) -> None:
-        self._store, self.trials = store, trials
+    def __init__(self, store: Store, trials: list[TrialState], durations: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._store, self.trials, self._durations = store, trials, durations
+        self._stored = frozenset(store.keys()) if durations else frozenset()
         self._by_id: dict[str, TrialState] = {}
         self._by_key: dict[str, list[tuple[TrialState, StageState]]] = {}
         self._failed: set[str] = set()
@@ -52,6 +55,8 @@ class Book:
         if users:
             first = users[0][1]
             stage.state, stage.duration_s, stage.attempts, stage.error = first.state, first.duration_s, first.attempts, first.error
+        elif key in self._stored and key in self._durations:
+            stage.state, stage.duration_s = "reused", self._durations[key]
         elif self._store.has(key):
             stage.state, stage.duration_s = "reused", self._store.get(key).duration_s
         users.append((trial, stage))

@@ -26,7 +26,7 @@ from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_ma
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
-from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, load, study_folder
+from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, load, study_folder
 from fffsweep.sweeps.slices import InlineOptions, Remainder, Slice
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
 from fffsweep.sweeps.studies import check_sampler
@@ -111,7 +111,7 @@ class Controller:
         self._device, self._slice = options.device, Slice(options, self._store) if options.is_part else None
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = folder / "stop"
-        self._book = Book(self._store, self._record.trials)
+        self._book = Book(self._store, self._record.trials, durations(stored))
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling)
         self._running: dict[str, Resources] = {}
         self._shared, self._alone = (ReadyRuns(self._is_ready, self._resources) for _ in range(2))

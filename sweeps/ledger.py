@@ -38,6 +38,7 @@ class Ledger:
         self._studies = _open_studies(optuna_url(results), config, say)
         self._say = say
         self._told: set[tuple[str, str, str]] = set()
+        self._tracker: Tracker | None = None
         self.num_untold = 0
         if missing := _missing():
             say(f"{missing} not installed here: results are whole without; fffsweep import tells of them elsewhere")
@@ -65,6 +66,9 @@ class Ledger:
             self._put(lambda: self._finished(*place))
 
     def _finished(self, trial: str, label: str, key: str) -> TrackedRun | None:
+        """None if there is nothing to tell. Called on the backlog's thread, which has the tracker."""
+        if self._tracker is not None and self._tracker.holds(trial, label, key):
+            return None
         try:
             return finished_stage(trial, label, self._store.get(key), self._store)
         except KeyError:  # withdrawn since it finished; it is told when it has been made again
@@ -126,7 +130,11 @@ class Ledger:
 
     @cached_property
     def _backlog(self) -> Backlog[TrackedRun]:
-        return Backlog("MLflow", self._make_tracker, _is_refused, self._say)
+        return Backlog("MLflow", self._open, _is_refused, self._say)
+
+    def _open(self) -> Tracker:
+        self._tracker = self._make_tracker()
+        return self._tracker
 
     @cached_property
     def _resolved(self) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class RayExecutor:
         return Capacity(sum(cpus), gpus, max(cpus, default=0), num_bench)
 
     def submit(self, run: StageRun, resources: Resources) -> None:
-        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "name": f"{run.stage}:{run.key[:8]}"}
+        # Ray counts tasks by name and forgets none, in the driver and in its metrics: the stage's name, not the run's
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "name": run.stage}
         if resources.memory_bytes is not None:
             options["memory"] = resources.memory_bytes
         if resources.workers > 1:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +133,12 @@ def load(folder: Path) -> dict[str, Any] | None:
             f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it or another --results"
         )
     return record
+
+
+def durations(stored: Mapping[str, Any] | None) -> dict[str, float]:
+    """Seconds of every finished stage run of a record, by key; empty without one."""
+    stages = [stage for trial in stored["trials"] for stage in trial["stages"]] if stored else []
+    return {stage["key"]: stage["duration_s"] for stage in stages if stage["state"] in ("complete", "reused")}
 
 
 def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:

@@ -171,6 +171,30 @@ def test_work_that_a_killed_process_left_of_a_finished_run_is_cleared(tmp_path):
     assert (finished.exists(), other.exists()) == (False, True)
 
 
+def test_going_on_reads_few_manifests(tmp_path, monkeypatch):
+    """Of a study of ten thousand stage runs: what MLflow holds is not told again, and the record knows how long each took."""
+    drive(tmp_path)
+    before = runs_of(tmp_path)
+    read = Counter()
+    get = Store.get
+    monkeypatch.setattr(Store, "get", lambda self, key: read.update([key]) or get(self, key))
+    drive(tmp_path)
+    collected = {trial["stages"][-1]["key"] for trial in load(study_folder(tmp_path, "toy study"))["trials"]}
+    assert read.keys() == collected
+    assert {run.info.run_id: run.data.to_dictionary() for run in runs_of(tmp_path)} == {
+        run.info.run_id: run.data.to_dictionary() for run in before
+    }
+
+
+def test_a_result_that_was_removed_is_made_again_whatever_the_record_says(tmp_path):
+    drive(tmp_path)
+    store = Store(tmp_path / "store")
+    store.forget(next(store.keys()))
+    outcome, _, record = drive(tmp_path)
+    assert outcome.num_run == 1
+    assert {trial["state"] for trial in record["trials"]} == {"complete"}
+
+
 def test_an_extended_study_runs_only_what_is_new(tmp_path):
     drive(tmp_path)
     Toy.ran.clear()
