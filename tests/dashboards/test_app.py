@@ -233,7 +233,7 @@ def test_loopback():
 
 @pytest.mark.slow
 def test_pages_of_a_thousand_trials_are_quick(generated, tmp_path):
-    """Bar: 300 ms of server time a page once the study has been read; the bound leaves room for a busy machine."""
+    """300 ms of server time a page once the study has been read, in the median."""
     layouts = generated.many_layouts(998)
     points = ((128, "cold"),)
     few = {
@@ -252,4 +252,4 @@ def test_pages_of_a_thousand_trials_are_quick(generated, tmp_path):
         times = [float(re.search(r"dur=([\d.]+)", get(client, f"/{page}", study="many").headers["server-timing"])[1]) for _ in range(5)]
         slowest[page] = statistics.median(times)
     print(slowest)
-    assert max(slowest.values()) < 900, slowest
+    assert max(slowest.values()) < 300, slowest

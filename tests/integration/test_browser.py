@@ -250,15 +250,17 @@ def test_everything_can_be_done_by_keyboard(visit, address):
 
 
 def test_a_thousand_trials_are_usable_soon(visit, address):
-    """Goal 1.5 s from the click to the drawn figure; the bound leaves room for a busy machine."""
+    """1.5 s from the click to the drawn figure, in the quickest of three loads: others may be working on this machine."""
     page = visit("desk")
     page.goto(f"{address}/pareto?study=thousand")
     settled(page)
-    page.reload()
-    settled(page)
-    elapsed_ms = page.evaluate("performance.now()")
-    print(f"Pareto page of 1,000 trials drawn after {elapsed_ms:.0f} ms")
-    assert elapsed_ms < 8000
+    loads_ms = []
+    for _ in range(3):
+        page.reload()
+        settled(page)
+        loads_ms.append(round(page.evaluate("performance.now()")))
+    print(f"Pareto page of 1,000 trials drawn after {loads_ms} ms")
+    assert min(loads_ms) < 1500
 
 
 @pytest.fixture(scope="module")
