@@ -197,6 +197,7 @@ def cluster_drive(
     from fffsweep.cli import drive
     from fffsweep.sweeps.config import load_config
 
+    results = results.absolute()
     sweep = _recorded(study, results) if config is None else load_config(config)
     os.chdir("/")  # a job's own folder is laid out anew when another node on the same machine begins to work for it
     return drive(sweep, results, "ray", address)

@@ -21,8 +21,8 @@ class Book:
     """
 
     def __init__(self, store: Store, trials: list[TrialState], durations: Mapping[str, float] = MappingProxyType({})) -> None:
-        self._store, self.trials, self._durations = store, trials, durations
-        self._stored = frozenset(store.keys()) if durations else frozenset()
+        self._store, self.trials = store, trials
+        self._durations = {key: durations[key] for key in store.keys() if key in durations} if durations else {}  # noqa: SIM118 - no dict
         self._by_id: dict[str, TrialState] = {}
         self._by_key: dict[str, list[tuple[TrialState, StageState]]] = {}
         self._failed: set[str] = set()
@@ -55,7 +55,7 @@ class Book:
         if users:
             first = users[0][1]
             stage.state, stage.duration_s, stage.attempts, stage.error = first.state, first.duration_s, first.attempts, first.error
-        elif key in self._stored and key in self._durations:
+        elif key in self._durations:
             stage.state, stage.duration_s = "reused", self._durations[key]
         elif self._store.has(key):
             stage.state, stage.duration_s = "reused", self._store.get(key).duration_s
