@@ -124,9 +124,8 @@ def _time_training(timeout_s: float) -> list[dict[str, Any]]:
         return []
     rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     for row in rows:
-        print(
-            f"{row['phase']:8} {row['layout']} {row['variant']:7}{row['tokens_per_s']:12,.0f} tokens/s {row['speedup_vs_dense']:6.2f} x dense"
-        )
+        speed = f"{row['tokens_per_s']:12,.0f} tokens/s {row['speedup_vs_dense']:6.2f} x dense"
+        print(f"{row['phase']:8} {row['layout']} {row['variant']:7}{speed}")
     return rows
 
 
