@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ _VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
 )
+_ADDRESSES = ("FFFSWEEP_MLFLOW_URI", "FFFSWEEP_OPTUNA_URL", "FFFSWEEP_STORE")
 _SHORTEST = 6  # a shorter secret would mask innocent words
 
 
@@ -39,16 +41,19 @@ def setting(name: str) -> str | None:
 
 def mask(text: str) -> str:
     """`text` without the passwords of addresses, and without the secrets that the environment holds."""
-    for secret in _known():
+    for secret in _known(*(os.environ.get(name, "") for name in (*_VARIABLES, *_ADDRESSES))):
         text = text.replace(secret, MASK)
-    text = _IN_ADDRESS.sub(rf"\g<before>{MASK}", text)
-    return _IN_QUERY.sub(rf"\g<before>{MASK}", text)
+    if "@" in text:  # most texts hold neither, and there are many
+        text = _IN_ADDRESS.sub(rf"\g<before>{MASK}", text)
+    return _IN_QUERY.sub(rf"\g<before>{MASK}", text) if "=" in text else text
 
 
-def _known() -> list[str]:
-    found = [os.environ.get(name, "") for name in _VARIABLES]
-    for name in ("FFFSWEEP_MLFLOW_URI", "FFFSWEEP_OPTUNA_URL", "FFFSWEEP_STORE"):
-        match = re.match(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:([^/\s@]+)@", os.environ.get(name, ""), re.IGNORECASE)
+@functools.lru_cache(maxsize=1)
+def _known(*values: str) -> list[str]:
+    """Secrets in the values of `_VARIABLES` and `_ADDRESSES`, longest first."""
+    found = list(values[: len(_VARIABLES)])
+    for address in values[len(_VARIABLES) :]:
+        match = re.match(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:([^/\s@]+)@", address, re.IGNORECASE)
         if match:
             found += [match[1], unquote(match[1])]
     return sorted({secret for secret in found if len(secret) >= _SHORTEST}, key=len, reverse=True)
