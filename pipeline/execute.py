@@ -53,8 +53,8 @@ def execute(
             shutil.rmtree(work, ignore_errors=True)
             return store.get(run.key)
         own = work / f"attempt-{lease.token}"
-        inputs = {role: store.checkout(key, own / "inputs" / role) for role, key in run.inputs.items()}
         upstream = {role: store.get(key) for role, key in run.inputs.items()}
+        inputs = {role: store.checkout(manifest, own / "inputs" / role) for role, manifest in upstream.items()}
         output = own / "output"
         output.mkdir(parents=True)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,12 @@ class Manifest:
     schema: str = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; `from_json` reads it back."""
-        plain = asdict(self)
-        for artifact in plain["artifacts"].values():
-            if not artifact["absent"]:
-                del artifact["absent"]
-        return plain
+        """Plain JSON, which shares what the manifest holds; `from_json` reads it back."""
+        artifacts = {
+            name: {"sha256": artifact.sha256, "num_bytes": artifact.num_bytes, **({"absent": True} if artifact.absent else {})}
+            for name, artifact in self.artifacts.items()
+        }
+        return {**_members(self), "run": _members(self.run), "artifacts": artifacts}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
@@ -130,12 +130,11 @@ class Store:
             raise DamagedArtifact(f"artifact {name!r} of {manifest.run.stage} {manifest.key} is {state}: {path}", manifest.key)
         return path
 
-    def checkout(self, key: str, folder: Path) -> Path:
-        """Give the artifacts of `key` their names again, as links below `folder`, checksums verified; absent ones get none.
+    def checkout(self, manifest: Manifest, folder: Path) -> Path:
+        """Give a result's artifacts their names again, as links below `folder`, checksums verified; absent ones get none.
 
         Raises DamagedArtifact.
         """
-        manifest = self.get(key)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (name for name, artifact in manifest.artifacts.items() if not artifact.absent):
             target = folder / name
@@ -206,7 +205,15 @@ def is_weight(name: str) -> bool:
 
 
 def _plain(manifest: Manifest) -> bytes:
-    return json.dumps(manifest.to_json(), indent=1, sort_keys=True, allow_nan=False).encode()
+    """JSON with a line for each member: to be read by people, without the cost of full indentation."""
+    members = sorted(manifest.to_json().items())
+    lines = (f"{json.dumps(name)}: {json.dumps(value, sort_keys=True, allow_nan=False)}" for name, value in members)
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _members(value: Manifest | StageRun) -> dict[str, Any]:
+    """What `asdict` gives, without a copy of everything inside."""
+    return {member.name: getattr(value, member.name) for member in fields(value)}
 
 
 def create_whole(target: Path, make: Callable[[Path], object]) -> None:

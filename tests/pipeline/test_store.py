@@ -35,7 +35,7 @@ def test_what_is_published_is_read_back(store, tmp_path):
     assert read == published
     assert read.metrics == {"loss": 0.1 + 0.2}
     assert read.run == RUN
-    folder = store.checkout(RUN.key, tmp_path / "in")
+    folder = store.checkout(store.get(RUN.key), tmp_path / "in")
     assert {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()} == {"a": "alpha", "deep/b": "beta"}
 
 
@@ -57,7 +57,7 @@ def test_damage_is_seen_when_read_and_mended_when_made_again(store, tmp_path, da
     path = store.object_path(manifest.artifacts["a"].sha256)
     {"flip": lambda: path.write_text("precioux"), "truncate": lambda: path.write_text("prec"), "remove": path.unlink}[damage]()
     with pytest.raises(DamagedArtifact) as error:
-        store.checkout(RUN.key, tmp_path / "in")
+        store.checkout(store.get(RUN.key), tmp_path / "in")
     assert error.value.key == RUN.key
     assert "'a' of pretrain" in str(error.value)
     store.forget(RUN.key)
