@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ BENCH = {"role": "bench"}  # label of nodes that are kept for timings
 NOT_BENCH = {name: f"!{value}" for name, value in BENCH.items()}
 _NODES_S = 1.0  # how old the list of nodes may be
 _PROGRESS_S = 0.25
+_BEGUN_S = 0.2  # a run that is over sooner has no need to say that it began
 
 
 class RayExecutor:
@@ -53,7 +57,8 @@ class RayExecutor:
         self._store, self._stop_file, self._claim = store, stop_file, claim or Claim()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(_ProgressBoard)
-        self._progress: Any = board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._board_name = f"progress-{uuid.uuid4().hex}"  # not the actor itself: a task pays for every handle that it is sent
+        self._board: Any = board.options(name=self._board_name, num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._task = ray.remote(max_retries=0)(_ray_attempt)
         self._running: dict[Any, str] = {}
         self._num_submitted = 0
@@ -91,7 +96,7 @@ class RayExecutor:
         self._num_submitted += 1
         claim = Claim(self._claim.name, self._claim.rank + self._num_submitted)
         store, stop_file = self._store.resolved(), self._stop_file.resolve()
-        task = self._task.options(**options).remote(run, resources, store, stop_file, self._progress, claim)
+        task = self._task.options(**options).remote(run, resources, store, stop_file, self._board_name, claim)
         self._running[task] = run.key
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -113,7 +118,7 @@ class RayExecutor:
 
     def _take_progress(self) -> list[Event]:
         try:
-            latest: dict[str, tuple[dict[str, Any], str]] = self._ray.get(self._progress.take.remote(), timeout=10)
+            latest: dict[str, tuple[dict[str, Any], str]] = self._ray.get(self._board.take.remote(), timeout=10)
         except (self._ray.exceptions.RayError, TimeoutError):  # the board is being restarted; figures of progress can be missed
             return []
         return [Event(key, "progress", figures, worker) for key, (figures, worker) in latest.items()]
@@ -169,30 +174,46 @@ class _ProgressBoard:
         return latest
 
 
-def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: Path, board: Any, claim: Claim) -> Event:
+@functools.lru_cache(maxsize=4)
+def _board(name: str) -> Any:
+    """The board of a driver, from within one of its tasks."""
+    import ray
+
+    return ray.get_actor(name)
+
+
+def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: Path, board: str, claim: Claim) -> Event:
     """One run in a worker process. SIGTERM has it save itself, say so and end its process, as the sender wants."""
     import ray
 
     worker = f"{os.uname().nodename}:{os.getpid()}"
-    board.put.remote(run.key, {}, worker)
+
+    def report(figures: dict[str, Any]) -> None:
+        with contextlib.suppress(ValueError):  # the board is not there any more: figures of progress can be missed
+            _board(board).put.remote(run.key, figures, worker)
+
     fate = fate_path(store, run.key)
     take_fate(fate)  # an earlier attempt's, which no driver lived to read
     drained = yield_path(stop_file, ray.get_runtime_context().get_node_id())
     terminated = threading.Event()
     shared = {"run_stage": on_workers(resources, NOT_BENCH if any(map(_is_bench, ray.nodes())) else None)} if resources.workers > 1 else {}
+    begun = threading.Timer(_BEGUN_S, report, [{}])
+    begun.daemon = True
+    begun.start()
     before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     try:
         with guarded(resources, fate):
             event = attempt(
                 run,
                 store,
-                lambda figures: board.put.remote(run.key, figures, worker),
+                report,
                 lambda: terminated.is_set() or stop_file.exists() or drained.exists(),
                 "cuda" if resources.gpus else "cpu",
                 claim,
                 **shared,
             )
     finally:
+        begun.cancel()
         signal.signal(signal.SIGTERM, before)
     if event.kind != "stopped" or stop_file.exists():
         return event
