@@ -81,6 +81,7 @@ CURVE_TITLES = {
     "unexplained": "held-out error, share of the variance",
     "validation_accuracy": "held-out accuracy",
     "loss": "training loss",
+    "accuracy": "training accuracy",
     "tokens_per_s": "tokens a second",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient",

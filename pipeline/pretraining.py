@@ -65,7 +65,8 @@ class Progress:
     """Everything of a run that a checkpoint holds beside weights, optimiser, guard and random numbers.
 
     energy_joules: by kind, before the attempt that goes on from here. window: losses since the last row of the curve; window_s: seconds
-    spent on them; elapsed_s: seconds of training, evaluations not counted.
+    spent on them; window_hits, window_asked: masked tokens guessed right, and all of them; elapsed_s: seconds of training, evaluations
+    not counted.
     """
 
     step: int = 0
@@ -76,6 +77,8 @@ class Progress:
     window: list[float] = field(default_factory=list)
     window_s: float = 0.0
     window_sequences: int = 0
+    window_hits: float = 0.0
+    window_asked: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -168,17 +171,20 @@ class Pretraining:
 
     def _step(self, spent: float) -> tuple[float, float, float]:
         """One step of the optimiser: loss, norm of the gradient, learning rate."""
-        config, at, total = self.config, self.at, 0.0
+        config, at, total, hits, asked = self.config, self.at, 0.0, 0, 0
         rate = config.learning_rate * self._rate_factor(spent)
         micro_batches = self._micro_batches(spent)
         for index in range(micro_batches):
             if index % workers.count() == workers.rank():
                 batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
-                loss = self._read(batch)[0] / micro_batches
+                mean, logits = self._read(batch)
+                loss = mean / micro_batches
                 loss.backward()
                 total += float(loss.detach())
+                hits, asked = hits + _hits(logits, batch), asked + len(batch.labels)
             at.sequences += self.micro_batch
-        total = workers.sum_gradients(self.model, total)
+        total, all_hits, all_asked = workers.sum_gradients(self.model, total, hits, asked)
+        at.window_hits, at.window_asked = at.window_hits + all_hits, at.window_asked + all_asked
         norm = optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
         at.step += 1
         return total, norm, rate
@@ -212,11 +218,12 @@ class Pretraining:
             "step": at.step,
             "tokens": at.sequences * length,
             "loss": sum(at.window) / len(at.window),
+            "accuracy": at.window_hits / max(1.0, at.window_asked),
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens_per_s": (at.sequences - at.window_sequences) * length / at.window_s,
         }
-        at.window, at.window_s, at.window_sequences = [], 0.0, at.sequences
+        at.window, at.window_s, at.window_hits, at.window_asked, at.window_sequences = [], 0.0, 0.0, 0.0, at.sequences
         if due > at.evaluated:
             at.evaluated = due
             row["validation_loss"], row["validation_accuracy"] = self.validate()
@@ -240,7 +247,7 @@ class Pretraining:
         for batch in self.validation:
             mean, logits = self._read(batch)
             loss += float(mean) * len(batch.labels)
-            hits += int((logits.argmax(1).cpu() == torch.from_numpy(batch.labels)).sum())
+            hits += _hits(logits, batch)
             asked += len(batch.labels)
         self.model.train()
         return loss / asked, hits / asked
@@ -256,6 +263,7 @@ class Pretraining:
         last = at.curve[-1]
         metrics = {
             "mlm/train_loss": last["loss"],
+            "mlm/train_accuracy": last["accuracy"],
             "mlm/validation_loss": last["validation_loss"],
             "mlm/validation_accuracy": last["validation_accuracy"],
             "mlm/unigram_loss": unigram_loss(self.corpus, labels, len(self.tokenizer)),
@@ -288,6 +296,11 @@ class Pretraining:
         report = tree_health(counted)
         (self.context.output / "tree_health.json").write_text(json.dumps(report))
         return health_metrics(report)
+
+
+def _hits(logits: Tensor, batch: MaskedBatch) -> int:
+    """Masked tokens whose most likely guess is right."""
+    return int((logits.detach().argmax(1).cpu() == torch.from_numpy(batch.labels)).sum())
 
 
 def _corpora(data: PreparedData, length: int, limit: int) -> tuple[NDArray[Any], NDArray[Any]]:

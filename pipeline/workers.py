@@ -23,18 +23,18 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def sum_gradients(model: nn.Module, loss: float) -> float:
-    """Add up the gradients of all workers in each of them; the sum of their losses. A worker without gradients adds zeros."""
+def sum_gradients(model: nn.Module, *figures: float) -> list[float]:
+    """Add up the gradients of all workers in each of them; the sums of their figures, such as the loss. Without gradients it adds zeros."""
     if count() == 1:
-        return loss
+        return list(figures)
     parameters = [each for each in model.parameters() if each.requires_grad]
     parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-    flat = torch.cat([*(part.flatten() for part in parts), parts[0].new_tensor([loss])])
+    flat = torch.cat([*(part.flatten() for part in parts), parts[0].new_tensor(figures)])
     dist.all_reduce(flat)
-    *sums, total = flat.split([*(part.numel() for part in parts), 1])
+    *sums, totals = flat.split([*(part.numel() for part in parts), len(figures)])
     for parameter, each in zip(parameters, sums, strict=True):
         parameter.grad = each.view_as(parameter)
-    return float(total)
+    return totals.tolist()
 
 
 def agree(values: Sequence[float], device: str) -> list[float]:

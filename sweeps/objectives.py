@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fffsweep.sweeps.config import SweepConfig
 
 _PRETRAIN = (
-    *("mlm/validation_loss", "mlm/validation_accuracy", "mlm/train_loss"),
+    *("mlm/validation_loss", "mlm/validation_accuracy", "mlm/train_loss", "mlm/train_accuracy"),
     *("params/total", "params/feedforward", "memory/peak_rss_bytes", "time/tokens_per_s", "time/train_s"),
     *("tree/leaf_entropy", "tree/dead_nodes", "ff/width", "ff/active_width"),
 )

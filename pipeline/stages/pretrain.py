@@ -98,7 +98,7 @@ class Pretrain:
     """Artifacts: `model/` (transformers folder with the tokenizer), `curve.jsonl`, and `tree_health.json` for layers with trees."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/energy.py",

@@ -35,7 +35,7 @@ class Rung:
     """
 
     name: ClassVar[str] = "rung"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     sources: ClassVar[tuple[str, ...]] = ("pipeline/stages/pretrain.py", *Pretrain.sources)
     Config: ClassVar[type[Settings]] = RungConfig
 

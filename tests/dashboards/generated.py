@@ -193,7 +193,7 @@ class Generator:
             share = step / self.steps
             loss = final + (9.2 - final) * np.exp(-5 * share) + float(self.noise.normal(0, 0.03))
             row = {"step": step * 10, "tokens": int(400_000 * share), "loss": loss, "learning_rate": 1e-3 * (1 - share), "grad_norm": 0.4}
-            row["tokens_per_s"] = 9000.0
+            row |= {"accuracy": 0.1 + 0.25 * share, "tokens_per_s": 9000.0}
             if step % 5 == 0:
                 row |= {"validation_loss": loss + 0.05, "validation_accuracy": 0.1 + 0.2 * share}
             rows.append(row)
@@ -202,6 +202,7 @@ class Generator:
             files["tree_health.json"] = json.dumps(self._health(model.feedforward.shape))
         metrics = {
             "mlm/train_loss": rows[-1]["loss"],
+            "mlm/train_accuracy": rows[-1]["accuracy"],
             "mlm/validation_loss": final + 0.05 - 0.01 * shift,
             "mlm/validation_accuracy": 0.3,
             "mlm/unigram_loss": 6.9,

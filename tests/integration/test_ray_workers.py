@@ -34,5 +34,5 @@ def test_a_sweep_whose_pretraining_two_workers_share(tmp_path, fffsweep):
     assert len(found[1]) == 1
     assert found[1].keys() == found[2].keys()
     for key, metrics in found[1].items():
-        for name in ("mlm/train_loss", "mlm/validation_loss", "mlm/tokens"):
+        for name in ("mlm/train_loss", "mlm/train_accuracy", "mlm/validation_loss", "mlm/tokens"):
             assert found[2][key][name] == pytest.approx(metrics[name], rel=1e-4)

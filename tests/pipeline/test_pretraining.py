@@ -72,6 +72,9 @@ def test_every_variant_learns_and_leaves_its_artifacts(name, new_context):
     assert [row["step"] for row in curve] == list(range(1, 151))
     assert [row["step"] for row in curve if "validation_loss" in row] == [75, 150]
     assert curve[0]["loss"] == pytest.approx(np.log(96), abs=0.5)
+    accuracies = [row["accuracy"] for row in curve]
+    assert np.mean(accuracies[:20]) < np.mean(accuracies[-20:]) < 1, "it begins by guessing"
+    assert metrics["mlm/train_accuracy"] == accuracies[-1]
 
 
 @pytest.mark.parametrize("name", ["fff", "straight", "random"])
