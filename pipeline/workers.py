@@ -34,7 +34,7 @@ def sum_gradients(model: nn.Module, *figures: float) -> list[float]:
     *sums, totals = flat.split([*(part.numel() for part in parts), len(figures)])
     for parameter, each in zip(parameters, sums, strict=True):
         parameter.grad = each.view_as(parameter)
-    return totals.tolist()
+    return [float(each) for each in totals]
 
 
 def agree(values: Sequence[float], device: str) -> list[float]:

@@ -13,6 +13,7 @@ import yaml
 Key = tuple[str | int, ...]
 
 _MAX_VALUES = 100_000  # aliases of aliases can make a short file endless
+_DEEPEST = 50
 _TAGS = {name: f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -33,6 +34,12 @@ for _tag, _pattern, _first in (
     (_TAGS["float"], r"[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [*_first, ""] if _tag == _TAGS["null"] else list(_first))
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same in C, where PyYAML has it; what it says of mistakes is less clear."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass
@@ -111,7 +118,7 @@ def read_source(path: Path, overrides: Iterable[str] = ()) -> Source:
 def parse_yaml(text: str, label: str) -> tuple[Any, dict[Key, str]]:
     """Value of a YAML text and the place of everything in it. Raises ConfigError for whatever is no plain, single YAML document."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _compose(text)
         origins: dict[Key, str] = {}
         return _convert(node, (), label, origins), origins
     except yaml.MarkedYAMLError as error:
@@ -121,6 +128,25 @@ def parse_yaml(text: str, label: str) -> tuple[Any, dict[Key, str]]:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())} ({label})") from None
     except RecursionError:
         raise ConfigError(f"not a config: nested without end ({label})") from None
+
+
+def _compose(text: str) -> yaml.Node | None:
+    loader: Any = _Loader if _is_odd(text) else _FastLoader
+    node: yaml.Node | None = yaml.compose(text, Loader=loader)
+    return node
+
+
+def _is_odd(text: str) -> bool:
+    """Whether a text is better read in Python: its words about mistakes are clearer, and nesting without end would crash the other."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=_FastLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+                return True
+    except yaml.YAMLError:
+        return True
+    return False
 
 
 def _read_file(path: Path) -> Source:

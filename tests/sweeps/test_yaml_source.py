@@ -66,6 +66,8 @@ def test_places_of_nested_values(write):
         ("a: 1\n---\nb: 2\n", "not YAML"),
         ("a: !!python/object:os.system x\n", "tag .*expected plain YAML"),
         ("a: &x [*x]\n", "nested without end"),
+        (f"a: {'[' * 200_000}{']' * 200_000}\n", "nested without end"),
+        ("a: *b\n", "undefined alias 'b'"),
         ("? [1]\n: 2\n", "a key is no text"),
         (b"\x93NUMPY\xff\x00", "not a text file"),
         (b"a: \x00\n", "not YAML"),
