@@ -19,17 +19,18 @@ from typing import Protocol
 from fffsweep.pipeline.lease import Claim
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
-from fffsweep.pipeline.store import DamagedArtifact
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
 from fffsweep.sweeps.ledger import Ledger
+from fffsweep.sweeps.limits import check_fits_here
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, load, study_folder
 from fffsweep.sweeps.slices import InlineOptions, Remainder, Slice
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
 from fffsweep.sweeps.studies import check_sampler
+from fffsweep.sweeps.verify import examine
 
 _POLL_S = 0.5
 _RETRY_WAIT_S = 2.0  # doubles with every attempt
@@ -70,11 +71,13 @@ def run_sweep(
 ) -> Outcome:
     """Run a sweep, or what is left of it, to its end, or as much of it as `options` say.
 
-    Raises ConfigError before anything is started if the study exists with another config, is being driven by another process, or the
-    options do not fit.
+    Raises ConfigError before anything is started if the study exists with another config, is being driven by another process, the
+    options do not fit, or a stage asks for more than the machine has.
     """
     check_sampler(config)
     options.check(config, executor)
+    if executor == "ray" and address is None:
+        check_fits_here(config)
     folder = study_folder(results, config.name)
     stored = load(folder)
     check_extends(config, stored)
@@ -194,9 +197,12 @@ class Controller:
         def accept(key: str) -> bool | None:
             if self._not_before.get(key, 0) > now:
                 return False
-            if not capacity.has_room(self._resources(key), self._running.values()):
+            wanted = self._resources(key)
+            if not capacity.has_room(wanted, self._running.values()):
+                if not self._running:
+                    self._say_once(key, capacity.lacking(wanted))
                 return None
-            self._running[key] = self._resources(key)
+            self._running[key] = wanted
             return True
 
         for key in self._shared.take(accept):
@@ -258,19 +264,10 @@ class Controller:
 
     def _withdraw(self, key: str) -> None:
         """Have a damaged result made again, unless that was done already: several of its readers may notice."""
-        if key not in self._running and self._store.has(key) and self._is_damaged(key):
+        if key not in self._running and self._store.has(key) and examine(self._store, key)[1]:
             self._store.forget(key)
             self._ledger.withdrawn(key)
             self._wait_again(key)
-
-    def _is_damaged(self, key: str) -> bool:
-        manifest = self._store.get(key)
-        try:
-            for name in manifest.artifacts:
-                self._store.read(manifest, name)
-        except DamagedArtifact:
-            return True
-        return False
 
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""
@@ -283,9 +280,7 @@ class Controller:
         if retry and event.damaged_key is not None:
             self._withdraw(event.damaged_key)
         if retry:
-            if self._told.get(event.key) != event.message:
-                self._listener.say(f"{planned.label}: {last_line(event.message)}; trying again")
-            self._told[event.key] = event.message
+            self._say_once(event.key, f"{last_line(event.message)}; trying again")
             wait_s = 0 if event.fault == "preempted" else _RETRY_WAIT_S * 2 ** max(0, self._attempts[event.key] - 1)
             self._not_before[event.key] = time.monotonic() + min(wait_s, 60.0)
             self._wait_again(event.key)
@@ -358,6 +353,12 @@ class Controller:
         if force or start >= self._next_update:  # looking at a whole study costs: at most a twentieth of the time
             self._listener.update(self._record, len(self._running))
             self._next_update = time.monotonic() + 20 * (time.monotonic() - start)
+
+    def _say_once(self, key: str, what: str) -> None:
+        """Something about a stage run, unless it was the last thing said of it."""
+        if self._told.get(key) != what:
+            self._listener.say(f"{self._book.planned(key).label}: {what}")
+        self._told[key] = what
 
     def _event(self, kind: str, **facts: object) -> None:
         with self._patiently():

@@ -62,6 +62,11 @@ class Capacity:
         cpus = sum(self._cpus(each) for each in beside) + self._cpus(wanted)
         return cpus <= self.cpus and sum(each.workers * each.gpus for each in (*beside, wanted)) <= self.gpus
 
+    def lacking(self, wanted: Resources) -> str:
+        """What to say of a run that waits although nothing else is running."""
+        asked = f"{wanted.workers * wanted.cpus} CPUs and {wanted.workers * wanted.gpus:g} GPUs"
+        return f"waits for a larger cluster: it asks for {asked}, and there are {self.cpus} CPUs and {self.gpus:g} GPUs"
+
     def _cpus(self, resources: Resources) -> int:
         return self.node_cpus if resources.exclusive else resources.workers * min(resources.cpus, self.cpus)
 

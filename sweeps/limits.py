@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import psutil
 from pydantic import Field
 
 from fffsweep.pipeline.settings import Count, Number, Settings
 from fffsweep.pipeline.stage import Resources
+from fffsweep.sweeps.yaml_source import ConfigError
+
+if TYPE_CHECKING:
+    from fffsweep.sweeps.config import SweepConfig
 
 StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "benchmark_gpu", "collect"]
 ON_EITHER = ("pretrain", "rung", "finetune")  # a rung is a part of pretraining, and has its resources
@@ -37,3 +43,29 @@ class StageLimits(Settings):
             timeout_s=self.timeout_s,
             workers=self.workers,
         )
+
+
+def check_fits_here(config: SweepConfig) -> None:
+    """Raises ConfigError if a stage asks for more than this machine has: its runs would wait for ever."""
+    for name, settings in config.stages:
+        if settings is None:
+            continue
+        wanted = config.limits_of(name).applied(Resources(cpus=getattr(settings, "cpus", 1)))
+        asked = {
+            "cpus": (wanted.workers * wanted.cpus, len(os.sched_getaffinity(0))),
+            "gpus": (wanted.workers * wanted.gpus, _num_gpus() if wanted.gpus else 0),
+            "memory_bytes": (wanted.memory_bytes or 0, psutil.virtual_memory().total),
+        }
+        for what, (number, there) in asked.items():
+            if number > there:
+                workers = f" for {wanted.workers} workers" if wanted.workers > 1 else ""
+                raise ConfigError(
+                    f"stage {name} asks for {number:,.15g} {what}{workers}, and this machine has {there:,.15g}: lower stages.{name} or "
+                    f"resources.{name}, or name a cluster with --address"
+                )
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -5,13 +5,15 @@ import json
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.pipeline.store import Store
-from fffsweep.sweeps.config import SweepConfig
+from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.executors import Capacity, attempt, of_the_machine
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.watchdog import TooLong, TooMuchMemory, alarmed, leave_fate, take_fate
@@ -57,6 +59,27 @@ def test_fewer_processors_than_threads_are_refused(tiny_directory_config):
         SweepConfig.model_validate(values)
 
 
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        (
+            {"pretrain": {"cpus": 10_000}},
+            r"stage pretrain asks for 10,000 cpus, and this machine has \d+: lower .*resources.pretrain, or .*--address",
+        ),
+        ({"pretrain": {"workers": 2, "cpus": 8_000}}, "asks for 16,000 cpus for 2 workers"),
+        ({"finetune": {"gpus": 1000}}, r"stage finetune asks for 1,000 gpus, and this machine has \d+:"),
+        ({"pretrain": {"memory_bytes": "900G"}}, "asks for 900,000,000,000 memory_bytes, and this machine has"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused_before_anything_is_started(tiny_directory_config, tmp_path, resources, message):
+    values = {**tiny_directory_config.resolved(), "resources": resources}
+    values["stages"]["pretrain"]["micro_batch_size"] = 1
+    config = SweepConfig.model_validate(values)
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(config, tmp_path / "results", Mock())
+    assert not (tmp_path / "results").exists()
+
+
 def test_an_exclusive_run_waits_for_a_whole_node():
     one_node = Capacity(cpus=2, node_cpus=2)
     assert one_node.has_room(ALONE, [])
@@ -76,6 +99,7 @@ def test_workers_each_take_what_a_run_takes(tiny_directory_config):
     assert (shared.workers, shared.cpus, shared.gpus) == (2, 1, 1)
     assert Capacity(cpus=3, gpus=2).has_room(shared, [ONE])
     assert not Capacity(cpus=3, gpus=1).has_room(shared, [])
+    assert "it asks for 2 CPUs and 2 GPUs, and there are 3 CPUs and 1 GPUs" in Capacity(cpus=3, gpus=1).lacking(shared)
     assert not Capacity(cpus=2, gpus=2).has_room(shared, [ONE])
     values["resources"]["pretrain"]["memory_bytes"] = "4G"
     with pytest.raises(ValueError, match="workers=2 with memory_bytes or early_stopping"):
