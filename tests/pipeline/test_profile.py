@@ -37,7 +37,7 @@ def test_pretraining_computes(new_context):
         model=model, steps=12, log_every=1, batch_size=128, micro_batch_size=128, evaluations=1, validation_sequences=24
     )
     loop = Pretraining(config, new_context()).train
-    found = shares(loop, "validate", ("apply", "rows", "_log", "check", "factor", "due"))
+    found = shares(loop, "validate", ("apply", "rows", "_hits", "_log", "check", "factor", "due"))
     assert max(found.values()) < MOST
     assert min(found.values()) > 0
 
