@@ -189,7 +189,7 @@ def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: P
     worker = f"{os.uname().nodename}:{os.getpid()}"
 
     def report(figures: dict[str, Any]) -> None:
-        with contextlib.suppress(ValueError):  # the board is not there any more: figures of progress can be missed
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # no board to be found: figures of progress can be missed
             _board(board).put.remote(run.key, figures, worker)
 
     fate = fate_path(store, run.key)
