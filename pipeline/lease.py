@@ -154,7 +154,13 @@ def holder_of(folder: Path) -> str | None:
 
 def _here() -> dict[str, Any]:
     boot, pids = _kernel()
-    return {"host": os.uname().nodename, "boot": boot, "pids": pids, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {"host": os.uname().nodename, "boot": boot, "pids": pids, "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+@functools.cache
+def _started(pid: int) -> float:
+    """When this process began; a fork of it has another number."""
+    return psutil.Process(pid).create_time()
 
 
 @functools.cache

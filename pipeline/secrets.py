@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -41,7 +42,17 @@ def setting(name: str) -> str | None:
 
 def mask(text: str) -> str:
     """`text` without the passwords of addresses, and without the secrets that the environment holds."""
-    for secret in _known(*(os.environ.get(name, "") for name in (*_VARIABLES, *_ADDRESSES))):
+    return mask_all({"": text})[""]
+
+
+def mask_all(texts: Mapping[str, str]) -> dict[str, str]:
+    """`mask` of every value."""
+    secrets = _known(*(os.environ.get(name, "") for name in (*_VARIABLES, *_ADDRESSES)))
+    return {name: _without(text, secrets) for name, text in texts.items()}
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, MASK)
     if "@" in text:  # most texts hold neither, and there are many
         text = _IN_ADDRESS.sub(rf"\g<before>{MASK}", text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fffsweep.pipeline.execute import read_curve
-from fffsweep.pipeline.secrets import mask
+from fffsweep.pipeline.secrets import mask_all
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.store import Manifest, Store
 
@@ -52,7 +52,7 @@ class TrackedRun:
     def all_tags(self) -> dict[str, str]:
         """Its tags, those it is found again by among them, none longer than a server takes."""
         found = {TRIAL: self.trial, KEY: self.key, **({} if self.label is None else {LABEL: self.label}), **self.tags}
-        return {name: mask(value)[:_TAG_LENGTH] for name, value in found.items()}
+        return {name: value[:_TAG_LENGTH] for name, value in mask_all(found).items()}
 
     def after(self, before: TrackedRun) -> TrackedRun:
         """One run for what would be written twice."""
@@ -118,7 +118,7 @@ def failed_stage(trial: str, label: str, key: str, message: str) -> TrackedRun:
 
 def flatten(config: Mapping[str, Any]) -> dict[str, str]:
     """Nested config as `a.b.c` -> text, passwords masked, cut to what a server takes; lists stay whole."""
-    return {name: mask(value)[:_PARAM_LENGTH] for name, value in _leaves(config)}
+    return {name: value[:_PARAM_LENGTH] for name, value in mask_all(dict(_leaves(config))).items()}
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

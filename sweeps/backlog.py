@@ -15,7 +15,7 @@ T_contra = TypeVar("T_contra", contravariant=True)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_GATHER_S = 0.5  # to tell many at once, which is much cheaper than one by one
+_GATHER_S = 1.0  # to tell many at once, which is much cheaper than one by one
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
 _BATCH = 400
 

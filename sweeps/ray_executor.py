@@ -54,7 +54,7 @@ class RayExecutor:
                 "include_dashboard": False,
             }
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
-        self._store, self._stop_file, self._claim = store, stop_file, claim or Claim()
+        self._store, self._stop_file, self._claim = store.resolved(), stop_file.resolve(), claim or Claim()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(_ProgressBoard)
         self._board_name = f"progress-{uuid.uuid4().hex}"  # not the actor itself: a task pays for every handle that it is sent
@@ -95,8 +95,7 @@ class RayExecutor:
             options["label_selector"] = NOT_BENCH
         self._num_submitted += 1
         claim = Claim(self._claim.name, self._claim.rank + self._num_submitted)
-        store, stop_file = self._store.resolved(), self._stop_file.resolve()
-        task = self._task.options(**options).remote(run, resources, store, stop_file, self._board_name, claim)
+        task = self._task.options(**options).remote(run, resources, self._store, self._stop_file, self._board_name, claim)
         self._running[task] = run.key
 
     def wait(self, timeout_s: float) -> list[Event]:
