@@ -168,7 +168,8 @@ class Distillation:
         """Write the curve; the metrics of the training."""
         at = self.at
         (self.context.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.curve))
-        last = {f"distill/{name}": value for name, value in at.curve[-1].items() if name.startswith("unexplained")}
+        last = {"distill/unexplained": at.curve[-1]["unexplained"]}
+        last |= {f"distill/layer_{index}/unexplained": at.curve[-1][f"unexplained/{index}"] for index in range(len(self.layers))}
         tokens = at.step * self.rows
         return last | {"distill/tokens": tokens, "time/train_s": at.elapsed_s, "time/tokens_per_s": tokens / at.elapsed_s}
 

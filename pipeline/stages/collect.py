@@ -63,8 +63,10 @@ class Collect:
                 replicates[name][replicate] = value
         collected: Metrics = {}
         for name, values in replicates.items():
-            collected[name] = fmean(values.values())
-            collected.update({f"{name}/{replicate}": value for replicate, value in values.items()})
+            of_replicates = {f"{name}/{replicate}": value for replicate, value in values.items()}
+            if taken := replicates.keys() & of_replicates.keys():
+                raise ValueError(f"metric {min(taken)} of a stage: expected no name that ends in a number, as the values of replicates do")
+            collected |= {name: fmean(values.values()), **of_replicates}
         return collected
 
 

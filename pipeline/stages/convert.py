@@ -108,11 +108,11 @@ class Convert:
     """Artifacts: `model/` (transformers folder with the tokenizer) and, for new layers, `curve.jsonl`.
 
     `distill/unexplained`: held-out squared error over the variance of the old layers' outputs, mean over layers; each layer's
-    stands beside it.
+    is `distill/layer_<n>/unexplained`.
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ConvertConfig
 

@@ -48,6 +48,11 @@ def test_a_replicate_is_the_median_of_its_finetunings_and_a_trial_the_mean_of_it
     assert metrics["ff/cpu/rel_time"] == pytest.approx(0.2)
 
 
+def test_a_metric_that_would_pass_for_a_replicate_is_refused():
+    with pytest.raises(ValueError, match=r"metric loss/1 of a stage: expected no name that ends in a number"):
+        collect((), {"pretrain/0": {"loss": 1.0, "loss/1": 2.0}, "pretrain/1": {"loss": 3.0, "loss/1": 4.0}})
+
+
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "qnli", "rte")
 
 

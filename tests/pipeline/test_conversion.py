@@ -117,7 +117,7 @@ def test_layers_learn_what_the_old_ones_do(name, encoder, context):
     for index, (_, place) in enumerate(feedforward_halves(model)):
         x, target = held_out.layer(index, slice(None))
         error = (place(x.view(-1, 16, HIDDEN)).flatten(0, 1) - target).square().mean() / target.var(0).mean()
-        assert error.item() == pytest.approx(metrics[f"distill/unexplained/{index}"], rel=1e-4)
+        assert error.item() == pytest.approx(metrics[f"distill/layer_{index}/unexplained"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
