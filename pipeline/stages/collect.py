@@ -65,7 +65,7 @@ class Collect:
         for name, values in replicates.items():
             of_replicates = {f"{name}/{replicate}": value for replicate, value in values.items()}
             if taken := replicates.keys() & of_replicates.keys():
-                raise ValueError(f"metric {min(taken)} of a stage: expected no name that ends in a number, as the values of replicates do")
+                raise ValueError(f"metric {min(taken)} of a stage: a replicate's value has that name; rename it to end in no number")
             collected |= {name: fmean(values.values()), **of_replicates}
         return collected
 

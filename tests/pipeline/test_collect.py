@@ -49,7 +49,7 @@ def test_a_replicate_is_the_median_of_its_finetunings_and_a_trial_the_mean_of_it
 
 
 def test_a_metric_that_would_pass_for_a_replicate_is_refused():
-    with pytest.raises(ValueError, match=r"metric loss/1 of a stage: expected no name that ends in a number"):
+    with pytest.raises(ValueError, match="metric loss/1 of a stage: a replicate's value has that name; rename it"):
         collect((), {"pretrain/0": {"loss": 1.0, "loss/1": 2.0}, "pretrain/1": {"loss": 3.0, "loss/1": 4.0}})
 
 
