@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fffsweep.sweeps.config import SweepConfig
 
 StageName = Literal["prepare", "pretrain", "activations", "convert", "finetune", "benchmark_cpu", "benchmark_gpu", "collect"]
-ON_EITHER = ("pretrain", "rung", "finetune")  # a rung is a part of pretraining, and has its resources
-ON_GPU = ("pretrain", "finetune", "benchmark_gpu")
+ON_EITHER = ("pretrain", "rung", "activations", "convert", "finetune")  # a rung is a part of pretraining, and has its resources
+ON_GPU = ("pretrain", "activations", "convert", "finetune", "benchmark_gpu")
 
 
 class StageLimits(Settings):

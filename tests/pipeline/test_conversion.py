@@ -12,6 +12,7 @@ from fffsweep.pipeline.activations import Recorded
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.encoder_folder import encoder_sizes, fingerprint
 from fffsweep.pipeline.encoders import ConvertedForSequenceClassification, ConvertedModel, converted, feedforward_halves
+from fffsweep.pipeline.feedforward import auxiliary_loss
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.stage import StopRequested
 from fffsweep.pipeline.stages.convert import Activations, Convert, ConvertConfig
@@ -118,6 +119,22 @@ def test_layers_learn_what_the_old_ones_do(name, encoder, context):
         x, target = held_out.layer(index, slice(None))
         error = (place(x.view(-1, 16, HIDDEN)).flatten(0, 1) - target).square().mean() / target.var(0).mean()
         assert error.item() == pytest.approx(metrics[f"distill/layer_{index}/unexplained"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "fff", "original", "random"])
+def test_nothing_is_made_on_another_device_than_the_layers_(name, encoder, context):
+    """Torch's device `meta` stands for a GPU: a tensor of the CPU among its own is an error there too."""
+    here = context()
+    run = conversion.Distillation(config_of(encoder, name), here)
+    run.layers.to("meta")
+    here.device = "meta"
+    for index in range(LAYERS):
+        loss = run._unexplained(index, run.train_rows, slice(0, 160))
+        penalty = auxiliary_loss(run.layers[index])
+        (loss if penalty is None else loss + penalty).backward()
+    gradients = [each.grad for each in run.layers.parameters()]
+    assert gradients
+    assert all(each is not None and each.device.type == "meta" for each in gradients)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
