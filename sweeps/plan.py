@@ -91,7 +91,7 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
             if stage.resources.exclusive:
                 alone_seconds += cost[0]
             else:
-                core_seconds += cost[0] * min(stage.resources.cpus, num_cores)
+                core_seconds += cost[0] * min(stage.resources.workers * stage.resources.cpus, num_cores)
         basis = ", ".join(dict.fromkeys(cost[2] for cost in costs)) or "-"
         seconds, num_bytes = sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
         stages.append(StageSummary(name, len(here), len(here) - len(to_come), seconds, num_bytes, basis))
@@ -169,7 +169,8 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
         tokens = float(settings["max_rows"] or 10_000) * float(settings["epochs"]) * model.sequence_length / 2
     else:
         return _GUESS_S.get(name, 0.0), num_bytes, "a rough guess"
-    return 3 * tokens * token_macs / (_MACS_PER_SECOND * stage.resources.cpus), num_bytes, "a rough guess by tokens"
+    cores = stage.resources.workers * stage.resources.cpus
+    return 3 * tokens * token_macs / (_MACS_PER_SECOND * cores), num_bytes, "a rough guess by tokens"
 
 
 def _guess_conversion(run: StageRun, hidden: int, num_layers: int, used: int, num_bytes: float) -> tuple[float, float, str]:

@@ -1,7 +1,8 @@
 """The schedule of a sweep on a cluster that is not there: events in the order of their times, durations as earlier runs had them.
 
 Stage runs are started as the driver starts them: those whose inputs are there, in the order of the plan, on the first node with room;
-a run that needs a node to itself waits until nothing else can be started.
+a run that several workers share starts when there is room for all of them, and a run that needs a node to itself waits until nothing
+else can be started.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fffsweep.pipeline.stage import Resources
 from fffsweep.sweeps.ready import ReadyRuns
 
 SCHEMA = "fffsweep.simulation/1"
+_ROUNDING = 1e-9  # three thirds of a GPU are one
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,26 @@ class _Node:
     gpus: float
     runs: set[str] = field(default_factory=set)
 
+    def room(self, cpus: int, gpus: float) -> int:
+        """Workers of so many CPUs and GPUs that could still start here."""
+        by_cpus = self.cpus // cpus
+        return min(by_cpus, int(self.gpus / gpus + _ROUNDING)) if gpus else by_cpus
+
+    def take(self, key: str, cpus: int, gpus: float) -> None:
+        self.cpus -= cpus
+        self.gpus -= gpus
+        self.runs.add(key)
+
+    def give_back(self, key: str, cpus: int, gpus: float) -> None:
+        self.cpus += cpus
+        self.gpus += gpus
+        self.runs.discard(key)
+
 
 def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluster, num_bytes: float = 0.0) -> Schedule:
     """Schedule of `runs`, in the order of the plan, on a cluster; `done` are keys that have their result already.
 
-    Raises ValueError if a run asks for more than a node has, or reads what nothing makes.
+    Raises ValueError if a run asks for more than a node or the cluster has, or reads what nothing makes.
     """
     by_key = {run.key: run for run in runs}
     _check(by_key, done, cluster)
@@ -87,23 +104,28 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
     for run in runs:
         queue_of[run.key].add(run.key, run.inputs)
     nodes = [_Node(cluster.node_cpus, cluster.node_gpus) for _ in range(cluster.num_nodes)]
-    ends: list[tuple[float, int, str, _Node]] = []
+    ends: list[tuple[float, int, str, list[_Node]]] = []
     now = busy = 0.0
 
-    def place(key: str) -> bool | None:
+    def cpus_of(key: str) -> int:
         wanted = by_key[key].resources
-        cpus = min(wanted.cpus, cluster.node_cpus)
+        return cluster.node_cpus if wanted.exclusive else min(wanted.cpus, cluster.node_cpus)
+
+    def place(key: str) -> bool | None:
+        wanted, cpus = by_key[key].resources, cpus_of(key)
+        found: list[_Node] = []  # a node for each worker, the same one as often as it has room
         for node in nodes:
-            fits = not node.runs if wanted.exclusive else node.cpus >= cpus and node.gpus >= wanted.gpus
-            if fits:
-                taken = cluster.node_cpus if wanted.exclusive else cpus
-                node.cpus -= taken
-                node.gpus -= wanted.gpus
-                node.runs.add(key)
-                started.add(key)
-                heapq.heappush(ends, (now + by_key[key].seconds + cluster.overhead_s, len(started), key, node))
-                return True
-        return None
+            room = int(not node.runs) if wanted.exclusive else node.room(cpus, wanted.gpus)
+            found += [node] * min(room, wanted.workers - len(found))
+            if len(found) == wanted.workers:
+                break
+        else:
+            return None
+        for node in found:
+            node.take(key, cpus, wanted.gpus)
+        started.add(key)
+        heapq.heappush(ends, (now + by_key[key].seconds + cluster.overhead_s, len(started), key, found))
+        return True
 
     while True:
         for _ in shared.take(place):
@@ -113,14 +135,10 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
                 pass
         if not ends:
             break
-        end, _, key, node = heapq.heappop(ends)
-        wanted = by_key[key].resources
-        taken = cluster.node_cpus if wanted.exclusive else min(wanted.cpus, cluster.node_cpus)
-        busy += taken * (by_key[key].seconds + cluster.overhead_s)
-        now = end
-        node.cpus += taken
-        node.gpus += wanted.gpus
-        node.runs.discard(key)
+        now, _, key, occupied = heapq.heappop(ends)
+        busy += len(occupied) * cpus_of(key) * (by_key[key].seconds + cluster.overhead_s)
+        for node in occupied:
+            node.give_back(key, cpus_of(key), by_key[key].resources.gpus)
         finished.add(key)
         for queue in (shared, alone):
             queue.done(key)
@@ -133,6 +151,12 @@ def _check(by_key: Mapping[str, SimulatedRun], done: frozenset[str], cluster: Cl
         if run.resources.gpus > cluster.node_gpus:
             raise ValueError(
                 f"--node-gpus {cluster.node_gpus:g}: a stage run asks for {run.resources.gpus:g} GPUs; expected at least as many on a node"
+            )
+        asked, whole = run.resources, _Node(cluster.node_cpus, cluster.node_gpus)
+        if (there := cluster.num_nodes * whole.room(min(asked.cpus, cluster.node_cpus), asked.gpus)) < asked.workers:
+            raise ValueError(
+                f"--nodes {cluster.num_nodes}: a stage run has {asked.workers} workers of {asked.cpus} CPUs and {asked.gpus:g} GPUs each; "
+                f"there is room for {there}"
             )
         if missing := [key for key in run.inputs if key not in by_key and key not in done]:
             raise ValueError(f"stage run {run.key} reads {missing[0]}, which nothing makes")

@@ -44,6 +44,18 @@ def test_gpus_are_counted():
         simulate(runs, frozenset(), Cluster(1, 16))
 
 
+def test_workers_of_a_run_start_together_on_as_many_nodes_as_they_need():
+    shared = run("shared", 6, gpus=1.0, workers=4)
+    assert simulate([shared], frozenset(), Cluster(2, 16, node_gpus=2)).utilisation == pytest.approx(4 / 32)
+    one_is_taken = [run("a", 4, gpus=1.0), shared]
+    assert simulate(one_is_taken, frozenset(), Cluster(2, 16, node_gpus=2)).makespan_s == 4 + 6
+    assert simulate(one_is_taken, frozenset(), Cluster(3, 16, node_gpus=2)).makespan_s == 6
+    thirds = [run(f"k{n}", 5, gpus=1 / 3, workers=3) for n in range(2)]
+    assert simulate(thirds, frozenset(), Cluster(1, 16, node_gpus=1)).makespan_s == 10
+    with pytest.raises(ValueError, match="--nodes 1: a stage run has 4 workers of 1 CPUs and 1 GPUs each; there is room for 2"):
+        simulate([shared], frozenset(), Cluster(1, 16, node_gpus=2))
+
+
 def test_what_is_done_is_not_run():
     runs = [run("b", 4, "a")]
     assert simulate(runs, frozenset("a"), Cluster(1, 1)).makespan_s == 4
