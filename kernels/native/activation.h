@@ -27,7 +27,11 @@ CMM_INLINE vf exp_of(vf a) {
   return (vf)((bits(p)) + (bits(shifted) << 23));
 }
 
-CMM_INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + exp_of(-a)); }
+// 0 where float32 would round exp(a) to 0 or nearly so: a product with it is then 0, and NaN at minus infinity, as torch's.
+CMM_INLINE vf sigmoid(vf a) {
+  vf s = 1.0f / (1.0f + exp_of(-a));
+  return a < -87.0f ? zero() : s;
+}
 
 // Normal distribution function and density. Abramowitz & Stegun 7.1.26: absolute error below 1.5e-7 in erf.
 CMM_INLINE vf normal_cdf(vf a, vf* density) {

@@ -13,6 +13,8 @@ void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, cons
   TORCH_CHECK_VALUE(levels >= 1 && levels <= 31 && w_in.size(1) == (int64_t(1) << levels) - 1, "cmm: w_in has ", w_in.size(1),
                     " nodes a tree, expected 2**levels - 1 for ", levels, " levels");
   TORCH_CHECK_VALUE(x.size(-1) == w_in.size(2), "cmm: x has hidden size ", x.size(-1), ", expected ", w_in.size(2), " as w_in");
+  TORCH_CHECK_VALUE(x.size(-1) == 0 || x.numel() / x.size(-1) <= INT32_MAX, "cmm: x has ", x.numel() / x.size(-1),
+                    " tokens, expected at most 2**31 - 1 in one call");
   TORCH_CHECK_VALUE(w_out.sizes() == w_in.sizes(), "cmm: w_out has shape ", w_out.sizes(), ", expected ", w_in.sizes());
   TORCH_CHECK_VALUE(x.is_cpu() && w_in.is_cpu() && w_out.is_cpu(), "cmm: expected tensors on the CPU");
   auto w = w_in.scalar_type();
@@ -67,6 +69,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
   auto in = w_in.expect_contiguous(), out = w_out.expect_contiguous(), rows = x.expect_contiguous(), grad = grad_y.expect_contiguous();
   OptionalTensor bias = b_in ? OptionalTensor(b_in->contiguous()) : b_in;
   auto kept = logits.expect_contiguous(), last = leaves.expect_contiguous();
+  const int32_t first = (1 << (levels - 1)) - 1;
+  for (int64_t i = 0; i < last->numel(); ++i) {
+    const int32_t leaf = last->const_data_ptr<int32_t>()[i];
+    TORCH_CHECK_VALUE(leaf >= first && leaf - first <= first, "cmm_backward: leaf ", leaf, " is not one of a tree of ", levels, " levels");
+  }
   auto wide = w_in.options().dtype(at::kFloat);
   Tensor grad_x = cmm_pool::empty(x.sizes(), x.options());
   Tensor grad_in = cmm_pool::empty(w_in.sizes(), wide), grad_out = cmm_pool::empty(w_in.sizes(), wide);

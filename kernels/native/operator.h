@@ -21,9 +21,11 @@ inline void* scratch_of(size_t bytes) {
   } scratch;
   if (bytes > scratch.size) {
     free(scratch.memory);
-    scratch.size = (bytes + 4095) / 4096 * 4096;
-    scratch.memory = aligned_alloc(4096, scratch.size);
-    TORCH_CHECK(scratch.memory, "cmm: out of memory for ", scratch.size, " bytes of scratch");
+    scratch.size = 0;  // until there is memory: a call that fails must leave nothing that the next one would trust
+    const size_t wanted = (bytes + 4095) / 4096 * 4096;
+    scratch.memory = aligned_alloc(4096, wanted);
+    TORCH_CHECK(scratch.memory, "cmm: out of memory for ", wanted, " bytes of scratch");
+    scratch.size = wanted;
   }
   return scratch.memory;
 }
