@@ -1,4 +1,7 @@
-"""CMM in plain torch, for every device and dtype: gathered rows, and the masked dense form. Autograd gives the gradients."""
+"""CMM in plain torch, for every device and dtype: gathered rows, and the masked dense form. Autograd gives the gradients.
+
+Everything is computed in the dtype of the tokens, which may be wider than that of the weights.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Ten
         tokens = slice(start, start + step)
         for level in range(shape.depth):
             rows = _rows(visited[tokens, :, level], shape)
-            logits = torch.einsum("th,tkh->tk", x[tokens].to(w_in.dtype), functional.embedding(rows, flat_w))
+            logits = torch.einsum("th,tkh->tk", x[tokens], functional.embedding(rows, flat_w).to(x.dtype))
             if flat_b is not None:
                 logits = logits + flat_b[rows]
             visited[tokens, :, level + 1] = child(visited[tokens, :, level], logits)
@@ -55,12 +58,12 @@ def gather(
     step = max(1, CHUNK_ELEMENTS // (shape.active_width * tokens.shape[-1]))
     for start in range(0, max(1, tokens.shape[0]), step):  # no tokens are one empty chunk, so that gradients exist
         chunk_rows = rows[start : start + step]
-        chunk = tokens[start : start + step].to(w_in.dtype)
-        logits = torch.bmm(functional.embedding(chunk_rows, flat_in), chunk.unsqueeze(2)).squeeze(2)
+        chunk = tokens[start : start + step]
+        logits = torch.bmm(functional.embedding(chunk_rows, flat_in).to(x.dtype), chunk.unsqueeze(2)).squeeze(2)
         if b_in is not None:
             logits = logits + b_in.reshape(-1)[chunk_rows]
-        pieces.append(torch.bmm(act(logits).unsqueeze(1), functional.embedding(chunk_rows, flat_out)).squeeze(1))
-    return torch.cat(pieces).to(x.dtype).reshape(x.shape)
+        pieces.append(torch.bmm(act(logits).unsqueeze(1), functional.embedding(chunk_rows, flat_out).to(x.dtype)).squeeze(1))
+    return torch.cat(pieces).to(x.dtype).reshape(x.shape)  # autocast may have narrowed it
 
 
 def masked(
@@ -77,7 +80,7 @@ def masked(
         unvisited = torch.ones_like(logits, dtype=torch.bool).scatter_(2, visited, False)
     # a fill and not a product, so that an infinite logit beside the path gives zero and not NaN
     hidden = act(logits).masked_fill(unvisited, 0.0)
-    return (hidden.view(-1, shape.width) @ w_out.reshape(shape.width, -1)).to(x.dtype).reshape(x.shape)
+    return (hidden.view(-1, shape.width) @ w_out.reshape(shape.width, -1).to(x.dtype)).to(x.dtype).reshape(x.shape)
 
 
 @torch.no_grad()
@@ -87,9 +90,8 @@ def masked_paths(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape)
 
 
 def _all_logits(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1]).to(w_in.dtype)
-    bias = None if b_in is None else b_in.reshape(-1)
-    return functional.linear(tokens, w_in.reshape(shape.width, -1), bias).view(-1, shape.trees, shape.nodes)
+    tokens, bias = x.reshape(-1, x.shape[-1]), None if b_in is None else b_in.reshape(-1).to(x.dtype)
+    return functional.linear(tokens, w_in.reshape(shape.width, -1).to(x.dtype), bias).view(-1, shape.trees, shape.nodes)
 
 
 def _walk(logits: Tensor, shape: TreeShape) -> Tensor:

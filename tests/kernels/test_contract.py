@@ -1,11 +1,13 @@
 """The contract that every implementation of the registry keeps, forward and backward."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import reference, registry
+from fffsweep.kernels import reference, registry, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS
 from fffsweep.kernels.layer import LayerWeights, random_layer
 from fffsweep.kernels.registry import Implementation
@@ -144,6 +146,52 @@ def test_deep_walks_of_many_tokens(implementation: Implementation, layout: str, 
             check(implementation, weights, x)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["native", "gather", "masked"])
+@pytest.mark.parametrize("layout", ["1x5", "3x2", "9x0"])
+def test_float32_tokens_over_bfloat16_weights_are_computed_in_float32(name: str, layout: str) -> None:
+    implementation = registry.find(name)
+    if reason := implementation.unavailable():
+        pytest.skip(reason)
+    for count in (1, 30):
+        verdict = verify(implementation, layer(implementation, layout, 96, torch.bfloat16), tokens(count, 96), backward=True)
+        assert verdict.verified, verdict.reason
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("hidden", "count", "layout"), [(768, 1500, "1x9"), (16, 65_600, "1x3")], ids=["past the caches", "two passes"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_batches(dtype: str, hidden: int, count: int, layout: str, threads: int) -> None:
+    """Outputs of more than 2 MiB, which are stored past the caches, and more tokens than one pass takes: every element."""
+    native = registry.find("native")
+    if reason := native.unavailable():
+        pytest.skip(reason)
+    weights, x = layer(native, layout, hidden, DTYPES[dtype]), tokens(count, hidden, DTYPES[dtype])
+    grad_y = tokens(count, hidden, DTYPES[dtype], seed=2)
+    assert x.numel() * x.element_size() >= 2 << 20
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = _outputs_and_gradients(native.prepare, weights, x, grad_y)
+        paths = native.paths(weights, x)
+    finally:
+        torch.set_num_threads(before)
+
+    def along(weights: LayerWeights):
+        arguments = (weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation)
+        return lambda x: torch_forms.gather(x, *arguments, paths=paths)
+
+    expected = _outputs_and_gradients(along, weights.to(torch.float64), x.double(), grad_y.double())
+    slack = 64 * torch.finfo(DTYPES[dtype]).eps
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=slack, atol=slack * float(want.square().mean().sqrt()))
+
+
+def _outputs_and_gradients(prepare, weights: LayerWeights, x: Tensor, grad_y: Tensor) -> list[Tensor]:
+    leaves = [each.clone().requires_grad_() for each in (x, weights.w_in, weights.b_in, weights.w_out)]
+    y = prepare(replace(weights, w_in=leaves[1], b_in=leaves[2], w_out=leaves[3]))(leaves[0])
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
 def test_the_suite_runs_the_implementations_it_should() -> None:

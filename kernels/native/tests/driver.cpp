@@ -31,11 +31,24 @@ float from_bf16(uint16_t a) {
   return out;
 }
 
+// Memory from a whole line on, as tensors have it: stores past the caches need that.
+template <class T>
+struct Lines {
+  typedef T value_type;
+  T* allocate(size_t n) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, n * sizeof(T))) abort();
+    return (T*)memory;
+  }
+  void deallocate(T* memory, size_t) { free(memory); }
+  bool operator==(const Lines&) const { return true; }
+};
+
 // Exact size on the heap, so that a sanitizer sees the first element too many.
 struct Array {
   int32_t dtype;
-  std::vector<float> wide;
-  std::vector<uint16_t> narrow;
+  std::vector<float, Lines<float>> wide;
+  std::vector<uint16_t, Lines<uint16_t>> narrow;
   Array(int32_t dtype, size_t n, std::mt19937& random, float scale) : dtype(dtype) {
     std::normal_distribution<float> normal;
     if (dtype == CMM_F32) {
@@ -186,6 +199,18 @@ int main() {
             run_int8(kernels, x_dtype, size.trees, size.levels, hidden, size.tokens, hidden % 2 == 1, threads);
             ++cases;
           }
+    // outputs of more than 2 MiB, which go past the caches, and more tokens than one pass takes
+    for (int types = 0; types < 3; ++types)
+      for (int threads = 1; threads <= 2; ++threads, cases += 2) {
+        const int32_t x_dtype = types == 2 ? CMM_BF16 : CMM_F32, w_dtype = types ? CMM_BF16 : CMM_F32;
+        run(kernels, x_dtype, w_dtype, 1, 6, 128, 8500, true, threads);
+        run(kernels, x_dtype, w_dtype, 1, 3, 16, 66000, true, threads);
+      }
+    for (int32_t x_dtype : {CMM_F32, CMM_BF16}) {
+      run_int8(kernels, x_dtype, 1, 6, 128, 8500, true, 2);
+      run_int8(kernels, x_dtype, 1, 3, 16, 66000, true, 2);
+      cases += 2;
+    }
   }
   printf("%d cases\n", cases);
   return cases > 0 ? 0 : 1;
