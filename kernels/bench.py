@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import bench_report, timing
+from fffsweep.kernels import bench_report, registry, timing
+from fffsweep.kernels.gate import candidates
 from fffsweep.kernels.layer import LayerWeights, random_layer
-from fffsweep.kernels.measure import DTYPES, draw, gate, layer_call
+from fffsweep.kernels.measure import DENSE_TOKENS, DTYPES, FAR_BEHIND, Contender, batches_of, contenders, num_batches
 from fffsweep.kernels.shape import TreeShape, parse_layout
 
 SCHEMA = 1
 KINDS = DTYPES | {"int8": torch.float32}  # names of dtypes by the dtype of the tokens
-DENSE_TOKENS = 1024  # a dense layer's time a token changes little beyond, so longer batches are not timed for it
+DENSE_NEURONS = 4096  # up to that width; wider dense layers are timed on as many fewer tokens, but on no fewer than these
+FEWEST_DENSE_TOKENS = 128
 SLOW_TOKENS = 128  # beyond this the naive forms are left out: they would take most of the time and tell nothing new
 GPT3_WIDTH = 49_152  # feedforward neurons of GPT-3, which 1x15 is held against
 
@@ -45,13 +47,23 @@ class Case:
         return parse_layout(self.layout)
 
 
+PAPER = ["--layout", "1x11,1x15,4x9,32x6,128x4,512x2"]
 SUITES = {
-    "quick": ["--layout", "1x11,4x9", "--tokens", "1,128,1024", "--dtype", "float32,bfloat16", "--mode", "hot,cold"],
+    "quick": [["--layout", "1x11,4x9", "--tokens", "1,128,1024", "--dtype", "float32,bfloat16", "--mode", "hot,cold", "--min-time", "0.5"]],
     "paper": [
-        *["--layout", "1x11,1x15,4x9,32x6,128x4,512x2", "--tokens", "1,128,1024,16384", "--dtype", "float32,bfloat16"],
-        *["--mode", "hot,cold", "--direction", "forward,train", "--threads", "1,2", "--min-time", "2"],
+        [*PAPER, "--tokens", "1,128,1024,16384", "--dtype", "float32,bfloat16", "--mode", "hot,cold"],
+        [*PAPER, "--tokens", "16384", "--threads", "2"],
+        [*PAPER, "--tokens", "1024,16384", "--direction", "train"],
     ],
-    "gpt3": ["--layout", "1x15", "--hidden", "12288", "--tokens", "1,16,128", "--dense-width", str(GPT3_WIDTH)],
+    "gpt3": [["--layout", "1x15", "--hidden", "12288", "--tokens", "1,16,128", "--dense-width", str(GPT3_WIDTH)]],
+    "bars": [  # what the kernels are held to; docs/kernels.md has the list
+        ["--tokens", "16384", "--dtype", "float32,bfloat16"],
+        ["--tokens", "1,1024", "--mode", "cold"],
+        ["--tokens", "16384", "--direction", "train"],
+        ["--tokens", "16384", "--layout", "1x15"],
+        ["--tokens", "16384", "--threads", "2"],
+        ["--tokens", "16384", "--implementation", "native_avx2"],
+    ],
 }
 
 
@@ -63,18 +75,22 @@ def main(argv: list[str] | None = None) -> int:
 
         return gpu_bench.main(arguments)
     try:
-        options = _parse(arguments)
-        cases = list(_cases(options))
-        saved = None if options.activations is None else torch.load(options.activations, weights_only=True).float()
+        groups = _parse(arguments)
+        options = groups[0]
+        cases = [(case, group) for group in groups for case in _cases(group)]
+        saved = None if options.activations is None else _saved(options.activations, {case.hidden for case, _ in cases})
     except ValueError as error:
         print(f"fffsweep bench: {error}", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
     failed = []
-    for case in cases:
-        found = run_case(case, saved, min_time_s=options.min_time, seed=options.seed, compiled=options.compiled)
-        rows += found
-        best = next((row for row in found if row["best"]), None)
+    for case, group in cases:
+        runs = [
+            run_case(case, saved, min_time_s=group.min_time, seed=group.seed + run, compiled=group.compiled, only=group.implementation)
+            for run in range(group.runs)
+        ]
+        best = bench_report.median_run(runs)
+        rows += [row | {"run": run} for run, found in enumerate(runs) for row in found]
         if best is None:
             failed.append(case)
         print(_line(case, best), flush=True)
@@ -102,7 +118,9 @@ def _device(arguments: list[str]) -> str:
     return str(parser.parse_known_args(arguments)[0].device)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> list[argparse.Namespace]:
+    """Options of each group of a suite, those given over its own; without a suite there is one group."""
+
     def several(text: str) -> list[str]:
         return [each.strip() for each in text.split(",") if each.strip()]
 
@@ -118,17 +136,36 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=several, default=["1"])
     parser.add_argument("--mode", type=several, default=["hot"], help="hot: one copy of the weights; cold: cycling those of 12 layers")
     parser.add_argument("--direction", type=several, default=["forward"], help="forward, train (forward and backward)")
+    parser.add_argument(
+        "--implementation", type=several, default=[], help="CMM by these alone, forced instruction sets such as native_avx2 among them"
+    )
     parser.add_argument("--dense-width", type=int, default=0, help="neurons of the dense layer compared with; by default those stored")
     parser.add_argument("--activations", type=Path, help="saved activations, a float tensor [any, hidden] written by torch.save")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile's dense layer too; compiling takes minutes in all")
     parser.add_argument("--min-time", type=float, default=1.0, help="seconds of alternating samples a case")
+    parser.add_argument("--runs", type=int, default=1, help="times each case is run, with other tokens; the median run is shown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--results", type=Path, help="folder for cmm_cpu_<machine>_<date>.json and .md, where those have no names")
     parser.add_argument("--plot", type=Path, help="roofline and speed-up; needs matplotlib")
-    first = parser.parse_args(arguments)
-    return parser.parse_args([*SUITES[first.suite], *arguments]) if first.suite else first
+    suite = parser.parse_args(arguments).suite
+    groups = [parser.parse_args([*group, *arguments]) for group in (SUITES[suite] if suite else [[]])]
+    for name in groups[0].implementation:
+        registry.find(name)
+    if groups[0].runs < 1:
+        raise ValueError(f"--runs {groups[0].runs}: expected an integer >= 1")
+    return groups
+
+
+def _saved(path: Path, hidden: set[int]) -> Tensor:
+    """Activations of a file. Raises ValueError unless they are rows of the one hidden size that is asked for."""
+    saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, Tensor) or saved.dim() != 2 or {saved.shape[1]} != hidden:
+        found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+        wanted = " and ".join(map(str, sorted(hidden)))
+        raise ValueError(f"--activations {path}: holds {found}, expected a tensor [any, {wanted}], the size that --hidden says")
+    return saved.float()
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -160,54 +197,73 @@ def _positive(name: str, text: str) -> int:
 
 
 def run_case(
-    case: Case, saved: Tensor | None = None, *, min_time_s: float = 1.0, seed: int = 0, compiled: bool = False
+    case: Case,
+    saved: Tensor | None = None,
+    *,
+    min_time_s: float = 1.0,
+    seed: int = 0,
+    compiled: bool = False,
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Rows of one case, one for each implementation of the layout and of the dense layer, in the dtype and in float32 for the dense."""
+    """Rows of one case, one for each implementation of the layout and of the dense layer, in the dtype and in float32 for the dense.
+
+    only: names of the CMM implementations that take part, all that apply if empty.
+    """
     weights = random_layer(case.shape, case.hidden, seed=seed)
     # seeds of their own: rows drawn from one stream would be tokens
     dense = random_layer(TreeShape(case.dense_width, 0), case.hidden, seed=seed + 2)
-    source = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(seed + 3)) if saved is None else saved
-    x, x_dense = (draw(source, weights, count, seed) for count in (case.tokens, min(case.tokens, DENSE_TOKENS)))
+    generator = torch.Generator().manual_seed(seed + 3)
+    source = torch.randn(case.tokens * num_batches(case.tokens, case.hidden), case.hidden, generator=generator) if saved is None else saved
+    dense_tokens = min(case.tokens, max(FEWEST_DENSE_TOKENS, DENSE_TOKENS * DENSE_NEURONS // max(DENSE_NEURONS, case.dense_width)))
     with timing.pinned(case.threads):
-        timed = _gated(case, "cmm", weights, x, case.dtype, seed, slow=case.tokens <= SLOW_TOKENS)
+        timed = _contenders(case, "cmm", weights, source, case.tokens, case.dtype, seed, slow=case.tokens <= SLOW_TOKENS, only=only)
         for each in sorted({case.dtype, "float32"}):
-            timed |= _gated(case, "dense", dense, x_dense, each, seed, slow=compiled)
-        calls = {name: entry["call"] for name, entry in timed.items() if entry["verdict"].verified}
-        fast = [name for role in ("cmm", "dense") for name in _fast({n: c for n, c in calls.items() if timed[n]["role"] == role})]
+            timed |= _contenders(case, "dense", dense, source, dense_tokens, each, seed, slow=compiled)
+        fast = [name for role in ("cmm", "dense") for name in _fast({n: e for n, e in timed.items() if e["role"] == role})]
         load = timing.load()
-        series = timing.interleave({name: calls[name] for name in fast}, min_time_s=min_time_s) if fast else {}
-    rows = [_row(case, name, entry, series.get(name), load) for name, entry in timed.items()]
+        series = timing.interleave({name: timed[name]["contender"].call for name in fast}, min_time_s=min_time_s) if fast else {}
+    rows = [_row(case, entry, series.get(name), load) for name, entry in timed.items()]
     return bench_report.compare(rows)
 
 
-def _fast(calls: dict[str, Any]) -> list[str]:
+def _fast(entries: dict[str, dict[str, Any]]) -> list[str]:
     """Names worth alternating samples: those far behind on their first calls are left out of the comparison."""
-    return timing.shortlist(calls, within=20.0)[0] if calls else []
+    calls = {name: entry["contender"].call for name, entry in entries.items() if entry["contender"].call is not None}
+    return timing.shortlist(calls, within=FAR_BEHIND)[0] if calls else []
 
 
-def _gated(case: Case, role: str, weights: LayerWeights, x: Tensor, kind: str, seed: int, *, slow: bool) -> dict[str, dict[str, Any]]:
-    backward, dtype = case.direction == "train", KINDS[kind]
-    rounded, tokens = weights.to(dtype), x.to(dtype)
-    entries = {}
-    for implementation, verdict in gate(weights, x, dtype, backward=backward, seed=seed, slow=slow):
-        if implementation.role != role or implementation.bits8 != (kind == "int8"):
-            continue
-        call = layer_call(implementation, rounded, tokens, mode=case.mode, direction=case.direction)
-        entries[f"{implementation.name}/{kind}"] = {
-            "role": role,
-            "call": call,
-            "verdict": verdict,
-            "dtype": kind,
-            "tokens": len(x),
-            "shape": weights.shape,
-        }
-    return entries
+def _contenders(
+    case: Case,
+    role: str,
+    weights: LayerWeights,
+    source: Tensor,
+    tokens: int,
+    kind: str,
+    seed: int,
+    *,
+    slow: bool,
+    only: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    backward = case.direction == "train"
+    chosen = [
+        each
+        for each in candidates(weights, KINDS[kind], backward=backward, variants=bool(only), slow=slow)
+        if each.role == role and each.bits8 == (kind == "int8") and (not only or each.name in only)
+    ]
+    batches = batches_of(source, weights, tokens, seed)
+    found = contenders(chosen, weights, batches, KINDS[kind], mode=case.mode, direction=case.direction, seed=seed)
+    common = {"role": role, "dtype": kind, "tokens": tokens, "shape": weights.shape}
+    return {f"{each.name}/{kind}": common | {"contender": each} for each in found}
 
 
-def _row(case: Case, name: str, entry: dict[str, Any], series: timing.Series | None, load: float) -> dict[str, Any]:
-    scale = 1e9 / entry["tokens"]
-    macs = 2 * entry["shape"].active_width * case.hidden * (3 if case.direction == "train" else 1)
-    peak = bench_report.peak_macs_per_ns(entry["dtype"], case.threads)
+def _row(case: Case, entry: dict[str, Any], series: timing.Series | None, load: float) -> dict[str, Any]:
+    contender: Contender = entry["contender"]
+    tokens, shape, kind = entry["tokens"], entry["shape"], entry["dtype"]
+    scale = 1e9 / tokens
+    macs = 2 * shape.active_width * case.hidden * (3 if case.direction == "train" else 1)
+    peak = bench_report.peak_macs_per_ns(kind, case.threads)
+    size = 1 if kind == "int8" else KINDS[kind].itemsize
+    traffic = bench_report.bytes_per_token(shape, case.hidden, tokens, size, case.direction)
     return {
         "suite": case.suite,
         "layout": case.layout,
@@ -219,18 +275,21 @@ def _row(case: Case, name: str, entry: dict[str, Any], series: timing.Series | N
         "device": "cpu",
         "direction": case.direction,
         "role": entry["role"],
-        "implementation": name.split("/")[0],
+        "implementation": contender.name,
         "ns_per_token": None if series is None else series.median_s * scale,
         "q20": None if series is None else series.q20_s * scale,
         "q80": None if series is None else series.q80_s * scale,
         "noisy": None if series is None else series.noisy,
         "load": load,
         "macs_per_token": macs,
-        "flop_limit": macs / peak,
-        "fraction_of_limit": None if series is None else macs / peak / (series.median_s * scale),
-        "path_flips": entry["verdict"].path_flips,
-        "verified": entry["verdict"].verified,
-        "reason": entry["verdict"].reason,
+        "timed_tokens": tokens,
+        "bytes_per_token": traffic,
+        "flop_limit": None if peak is None else macs / peak,
+        "memory_limit": traffic / bench_report.read_bytes_per_ns(case.threads),
+        "fraction_of_limit": None if series is None or peak is None else macs / peak / (series.median_s * scale),
+        "path_flips": contender.verdict.path_flips,
+        "verified": contender.verdict.verified,
+        "reason": contender.verdict.reason or contender.left_out,
     }
 
 

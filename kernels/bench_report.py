@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
 import platform
 import re
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fffsweep.kernels import library
+from fffsweep.kernels import library, timing
+from fffsweep.kernels.shape import TreeShape
 
 Row = dict[str, Any]
 
@@ -38,14 +40,48 @@ def compare(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def median_run(runs: list[list[Row]]) -> Row | None:
+    """The best row of the median of several runs of a case by speed-up; in the others `best` is unset. None if a run has no best one."""
+    best = [next((row for row in rows if row["best"]), None) for rows in runs]
+    if any(row is None for row in best):
+        for row in filter(None, best):
+            row["best"] = False
+        return None
+    ordered = sorted(filter(None, best), key=lambda row: row["speedup_vs_torch_dense"] or 0.0)
+    for row in ordered:
+        row["best"] = row is ordered[(len(ordered) - 1) // 2]
+    return ordered[(len(ordered) - 1) // 2]
+
+
 def _ratio(dense_ns: float | None, row: Row) -> float | None:
     return None if dense_ns is None or row["ns_per_token"] is None else dense_ns / row["ns_per_token"]
 
 
+def bytes_per_token(shape: TreeShape, hidden: int, tokens: int, size: int, direction: str) -> float:
+    """Bytes that must move for each token of a batch: tokens and outputs once, and once the rows of the nodes that it can meet.
+
+    size: bytes of an element. Forward and backward move three times as much: both once more, and as many gradients.
+    """
+    met = min(shape.width, tokens * shape.active_width)
+    return (3 if direction == "train" else 1) * 2 * hidden * size * (1 + met / tokens)
+
+
 @functools.cache
-def peak_macs_per_ns(dtype: str, threads: int) -> float:
-    """Multiply-adds a nanosecond that a large matrix product reaches here: the arithmetic limit, measured and not looked up."""
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
+def read_bytes_per_ns(threads: int) -> float:
+    """Bytes a nanosecond that are read from memory here, measured in this run."""
+    with timing.pinned(threads):
+        return timing.read_bytes_per_s() / 1e9
+
+
+@functools.cache
+def peak_macs_per_ns(dtype: str, threads: int) -> float | None:
+    """Multiply-adds a nanosecond that a large matrix product reaches here: the arithmetic limit, measured and not looked up.
+
+    None for 8-bit weights, whose products torch does not offer by themselves.
+    """
+    if dtype == "int8":
+        return None
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     size = 1024
     a, b = (torch.randn(size, size).to(kind) for _ in range(2))
     before = torch.get_num_threads()
@@ -123,7 +159,7 @@ def _table_row(row: Row) -> str:
         f"{row['ns_per_token']:,.0f} ({row['q20']:,.0f}-{row['q80']:,.0f})",
         f"{row['speedup_vs_torch_dense']:.1f}x",
         f"{row['speedup_vs_best_dense']:.1f}x {row['best_dense']}",
-        f"{row['fraction_of_limit']:.0%}",
+        "-" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.0%}",
         str(row["path_flips"]),
         "yes" if row["noisy"] else "no",
     ]
@@ -131,7 +167,10 @@ def _table_row(row: Row) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed-up by tokens and a roofline, as one picture. Raises RuntimeError without matplotlib."""
+    """Speed-up by tokens and a roofline, as one picture. Raises RuntimeError without matplotlib.
+
+    Roofline (Williams et al. 2009): operations a second over operations a byte that must move, below what arithmetic and memory allow.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -148,16 +187,29 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rows.sort(key=lambda row: row["tokens"])
         tokens, label = [row["tokens"] for row in rows], " ".join(str(part) for part in key)
         speed.plot(tokens, [row["speedup_vs_torch_dense"] for row in rows], marker="o", label=label)
-        roof.plot(tokens, [2 * row["macs_per_token"] / row["ns_per_token"] for row in rows], marker="o", label=label)
-    for dtype, threads in sorted({(row["dtype"], row["threads"]) for row in result["rows"] if row["best"]}):
-        limit = next(
-            2 * row["macs_per_token"] / row["flop_limit"] for row in result["rows"] if (row["dtype"], row["threads"]) == (dtype, threads)
-        )
-        roof.axhline(limit, linestyle="--", color="grey")
-        roof.annotate(f"matrix product, {dtype}, {threads} thread(s)", (1, limit), fontsize=7)
+        reached = [2 * row["macs_per_token"] / row["ns_per_token"] for row in rows]
+        roof.plot([_intensity(row) for row in rows], reached, marker="o", label=label)
+    _draw_roofs(roof, [row for row in result["rows"] if row["best"]])
     speed.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times faster than torch dense float32")
-    roof.set(xscale="log", yscale="log", xlabel="tokens", ylabel="GFLOP/s")
+    roof.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="GFLOP/s")
     speed.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _draw_roofs(axes: Any, rows: list[Row]) -> None:
+    """For each dtype and number of threads what memory allows, rising, up to what arithmetic does."""
+    intensities = [_intensity(row) for row in rows]
+    for kind, threads in sorted({(row["dtype"], row["threads"]) for row in rows}):
+        row = next(each for each in rows if (each["dtype"], each["threads"]) == (kind, threads))
+        bandwidth = row["bytes_per_token"] / row["memory_limit"]
+        peak = math.inf if row["flop_limit"] is None else 2 * row["macs_per_token"] / row["flop_limit"]
+        end = 2 * max(*intensities, 0.0 if row["flop_limit"] is None else peak / bandwidth)
+        across = np.geomspace(min(intensities) / 2, end)
+        axes.plot(across, np.minimum(peak, bandwidth * across), linestyle="--", color="grey")
+        axes.annotate(f"{kind}, {threads} thread(s)", (end, min(peak, bandwidth * end)), fontsize=7, ha="right", va="bottom")
+
+
+def _intensity(row: Row) -> float:
+    return float(2 * row["macs_per_token"] / row["bytes_per_token"])

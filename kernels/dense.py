@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from torch.nn import functional
 from fffsweep.kernels import openblas
 from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
+from fffsweep.kernels.shape import TreeShape
 
 Layer = Callable[[Tensor], Tensor]
 PADDED = 16  # leading dimensions that are a multiple of this many elements suit vector units and caches
 
 
 def _matrices(weights: LayerWeights) -> tuple[Tensor, Tensor | None, Tensor]:
-    bias = None if weights.b_in is None else weights.b_in[:, 0]
-    return weights.w_in[:, 0], bias, weights.w_out[:, 0]
+    # squeezed: the gradient of a selection would be a second matrix, zeroed and copied into
+    bias = None if weights.b_in is None else weights.b_in.squeeze(1)
+    return weights.w_in.squeeze(1), bias, weights.w_out.squeeze(1)
 
 
 def eager(weights: LayerWeights) -> Layer:
@@ -30,21 +33,28 @@ def eager(weights: LayerWeights) -> Layer:
 
 def padded(weights: LayerWeights) -> Layer:
     """As `eager`, with neurons of zero weights up to the next multiple of `PADDED`."""
-    return _two_linears(weights, *_padded(weights))
+    return _two_linears(weights, *_matrices(pad(weights)))
+
+
+def why_not_padded(weights: LayerWeights) -> str | None:
+    """None if `padded` differs from `eager`, else the reason why not."""
+    return None if weights.shape.width % PADDED else f"{weights.shape.width} neurons need no padding"
 
 
 def compiled(weights: LayerWeights) -> Layer:
     """As `padded`, through torch.compile; the first call compiles, a minute on a slow machine."""
-    return torch.compile(_two_linears(weights, *_padded(weights)), dynamic=False)
+    return torch.compile(_two_linears(weights, *_matrices(pad(weights))), dynamic=False)
 
 
-def _padded(weights: LayerWeights) -> tuple[Tensor, Tensor | None, Tensor]:
-    w_in, bias, w_out = _matrices(weights)
-    missing = -len(w_in) % PADDED
-    if bias is not None:
-        bias = functional.pad(bias, (0, missing))
+def pad(weights: LayerWeights) -> LayerWeights:
+    """The same dense layer with neurons of zero weights up to the next multiple of `PADDED`; itself if that is what it has."""
+    missing = -weights.shape.width % PADDED
+    if missing == 0:
+        return weights
     # an activation of the table is zero at zero, and the output rows beside it are zero too
-    return functional.pad(w_in, (0, 0, 0, missing)), bias, functional.pad(w_out, (0, 0, 0, missing))
+    w_in, w_out = (functional.pad(each, (0, 0, 0, 0, 0, missing)) for each in (weights.w_in, weights.w_out))
+    bias = None if weights.b_in is None else functional.pad(weights.b_in, (0, 0, 0, missing))
+    return replace(weights, w_in=w_in, b_in=bias, w_out=w_out, shape=TreeShape(weights.shape.width + missing, 0))
 
 
 def _two_linears(weights: LayerWeights, w_in: Tensor, bias: Tensor | None, w_out: Tensor) -> Layer:
@@ -56,7 +66,7 @@ def _two_linears(weights: LayerWeights, w_in: Tensor, bias: Tensor | None, w_out
 
 def int8_dynamic(weights: LayerWeights) -> Layer:
     """Weights and tokens in 8 bits, scales of tokens found at each call: torch's dynamic quantisation."""
-    w_in, bias, w_out = _padded(weights)
+    w_in, bias, w_out = _matrices(pad(weights))
     up, down = nn.Linear(w_in.shape[1], len(w_in), bias is not None), nn.Linear(len(w_in), w_in.shape[1], False)
     with torch.no_grad():
         up.weight.copy_(w_in)
@@ -72,7 +82,7 @@ def int8_dynamic(weights: LayerWeights) -> Layer:
 
 def numpy_sgemm(weights: LayerWeights) -> Layer:
     """Two products by numpy's own BLAS (OpenBLAS in its wheels), on as many threads as torch has."""
-    w_in, bias, w_out = (None if each is None else each.detach().contiguous().numpy() for each in _padded(weights))
+    w_in, bias, w_out = (None if each is None else each.detach().contiguous().numpy() for each in _matrices(pad(weights)))
     assert w_in is not None, "weights exist"
     assert w_out is not None, "weights exist"
     up = np.ascontiguousarray(w_in.T)

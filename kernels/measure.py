@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import registry, timing
+from fffsweep.kernels import timing
+from fffsweep.kernels.gate import candidates, passes
 from fffsweep.kernels.layer import LayerWeights, random_layer
 from fffsweep.kernels.registry import Implementation
-from fffsweep.kernels.verify import Verdict, verify
+from fffsweep.kernels.verify import Verdict
 
-__all__ = ["Comparison", "LayerWeights", "compare_layers", "gate", "layer_call", "random_layer"]
+__all__ = ["Comparison", "LayerWeights", "compare_layers", "layer_call", "random_layer"]
 
 MODEL_LAYERS = 12  # "cold" cycles the weights of this many layers through the cache, as an encoder does
-COLD_BYTES = 2 << 30  # of copies at most; a layer that large leaves the caches by itself
-GATE_NODES = 20_000  # visited rows that the reference walks in a gate
+COLD_BYTES = 512 << 20  # more than any cache: copies of a dense layer, which is read as a whole, need be no more
+MOST_BYTES = 5 << 30  # of copies
+DENSE_TOKENS = 1024  # a dense layer's time a token changes little beyond, so longer batches are not timed for it
+PROBE_TOKENS = 128  # in larger batches than those, implementations take part that keep up in one of this size
+FAR_BEHIND = 20.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -47,6 +51,21 @@ class Comparison:
     rows: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Contender:
+    """An implementation, what the gate says of it, and a call to time if it may be timed; `left_out` says why a sound one is not."""
+
+    implementation: Implementation
+    verdict: Verdict
+    call: Callable[[], object] | None
+    left_out: str | None
+
+    @property
+    def name(self) -> str:
+        """Name of the implementation."""
+        return self.implementation.name
+
+
 def compare_layers(
     candidate: LayerWeights,
     reference: LayerWeights,
@@ -63,7 +82,8 @@ def compare_layers(
 ) -> Comparison:
     """Gate and time `candidate` against `reference` on `tokens` drawn, by `seed`, from saved activations x_* [any, hidden].
 
-    `mode`: "hot" calls one copy of the weights, "cold" cycles twelve. `direction`: "forward", or "train" for forward and backward.
+    Each call has other tokens, unless a batch is large. `mode`: "hot" calls one copy of the weights, "cold" cycles twelve.
+    `direction`: "forward", or "train" for forward and backward.
     Raises ValueError for an argument that does not fit, RuntimeError if no implementation of a side passes the gate.
     """
     for name, value, allowed in (
@@ -77,22 +97,19 @@ def compare_layers(
     load, rows, calls = timing.load(), [], {}
     with timing.pinned(threads):
         for side, (weights, saved) in sides.items():
-            x = draw(saved, weights, tokens, seed)
-            verdicts = gate(weights, x, DTYPES[dtype], backward=direction == "train", seed=seed)
-            sound = [implementation for implementation, verdict in verdicts if verdict.verified and not implementation.bits8]
-            if not sound:
-                told = "; ".join(f"{implementation.name}: {verdict.reason}" for implementation, verdict in verdicts)
-                raise RuntimeError(f"no implementation of the {side} {weights.shape.layout} passed the gate: {told}")
-            quick = {
-                each.name: layer_call(each, weights.to(DTYPES[dtype]), x.to(DTYPES[dtype]), mode=mode, direction=direction)
-                for each in sound
-            }
+            exact = [each for each in candidates(weights, DTYPES[dtype], backward=direction == "train") if not each.bits8]
+            batches = batches_of(saved, weights, tokens, seed)
+            found = contenders(exact, weights, batches, DTYPES[dtype], mode=mode, direction=direction, seed=seed)
+            quick = {each.name: each.call for each in found if each.call is not None}
+            if not quick:
+                reasons = "; ".join(f"{each.name}: {each.verdict.reason}" for each in found)
+                raise RuntimeError(f"no implementation of the {side} {weights.shape.layout} passed the gate: {reasons}")
             fast, once = timing.shortlist(quick)
             series = {name: timing.summarise([seconds]) for name, seconds in once.items()}
             series |= timing.interleave({name: quick[name] for name in fast}, min_time_s=min_time_s / 8, min_rounds=3)
             calls[side] = min(series, key=lambda name: series[name].median_s), quick
-            for implementation, verdict in verdicts:
-                rows.append({"side": side} | row_of(implementation, verdict, series.get(implementation.name), tokens))
+            told = (row_of(each.implementation, each.verdict, series.get(each.name), tokens, each.left_out) for each in found)
+            rows += [{"side": side} | row for row in told]
         chosen = {side: quick[name] for side, (name, quick) in calls.items()}
         final = timing.interleave(chosen, min_time_s=min_time_s, min_rounds=7)
     return comparison(final, {side: name for side, (name, _) in calls.items()}, rows, tokens, load)
@@ -130,69 +147,103 @@ def draw(saved: Tensor, weights: LayerWeights, tokens: int, seed: int) -> Tensor
     return saved.float()[order.repeat(-(-tokens // len(saved)))[:tokens]].contiguous()
 
 
-def gate(
+def contenders(
+    chosen: Sequence[Implementation],
     weights: LayerWeights,
-    x: Tensor,
+    batches: Sequence[Tensor],
     dtype: torch.dtype,
     *,
-    backward: bool = False,
+    mode: str = "hot",
+    direction: str = "forward",
     seed: int = 0,
-    variants: bool = False,
-    slow: bool = False,
-    device: str = "cpu",
-) -> list[tuple[Implementation, Verdict]]:
-    """Verdicts on every applicable implementation in `dtype` on `device`, on x's first tokens and on fresh random ones of the same scale.
+) -> list[Contender]:
+    """`chosen` implementations of a layer as contenders on `batches` [tokens, hidden] each; call it under `timing.pinned`.
 
-    The number of tokens keeps the reference's walk below `GATE_NODES` rows. Forced `variants` and `slow` ones only on demand.
+    In large batches only those are gated and called that are not `FAR_BEHIND` in a small one, where they are gated too.
     """
-    count = min(len(x), max(2, min(48, GATE_NODES // weights.shape.active_width)))
-    fresh = torch.randn(max(2, count // 2), weights.hidden, generator=torch.Generator().manual_seed(seed + 1)) * x.float().std(
-        unbiased=False
-    )
-    held = torch.cat([x[:count].float(), fresh]).to(device, dtype)
-    rounded = weights.to(dtype).on(device)
-    exact = None if dtype in (torch.float32, torch.float64) else weights
-    applicable = registry.applicable(rounded, dtype, device, backward=backward)
-    chosen = [each for each in applicable if (variants or each.variant_of is None) and (slow or not each.slow)]
-    return [(each, verify(each, rounded, held, backward=backward, exact=exact)) for each in chosen]
+    rounded, backward = weights.to(dtype), direction == "train"
+    probe, copies = [batches[0][:PROBE_TOKENS].to(dtype)], copies_of(rounded, mode)
+
+    def held(each: Implementation, x: Tensor) -> Contender:
+        return Contender(each, passes(each, weights, x, dtype, backward=backward, seed=seed), None, None)
+
+    if len(batches[0]) <= DENSE_TOKENS:
+        found = [held(each, batches[0]) for each in chosen]
+    else:
+        found = [held(each, probe[0]) for each in chosen]
+        quick = {each.name: layer_call(each.implementation, [rounded], probe, direction) for each in found if each.verdict.verified}
+        near, once = timing.shortlist(quick, within=FAR_BEHIND) if quick else ([], {})
+        for index, each in enumerate(found):
+            if each.name in near:
+                found[index] = held(each.implementation, batches[0])
+            elif each.verdict.verified:
+                behind = once[each.name] / min(once.values())
+                found[index] = replace(each, left_out=f"not timed: {behind:.0f} times the fastest at {len(probe[0])} tokens")
+    tokens = [each.to(dtype) for each in batches]
+    return [
+        replace(each, call=layer_call(each.implementation, copies, tokens, direction))
+        if each.verdict.verified and each.left_out is None
+        else each
+        for each in found
+    ]
+
+
+def copies_of(weights: LayerWeights, mode: str) -> list[LayerWeights]:
+    """The layer once for "hot"; for "cold" as often as an encoder has layers, or a dense one so often that no cache holds them."""
+    size = 2 * weights.w_in.numel() * weights.w_in.element_size()
+    enough = MODEL_LAYERS if weights.shape.depth else -(-COLD_BYTES // size)
+    count = 1 if mode == "hot" else max(1, min(MODEL_LAYERS, enough, MOST_BYTES // size))
+    return [weights, *(weights.copy() for _ in range(count - 1))]
+
+
+def batches_of(saved: Tensor, weights: LayerWeights, tokens: int, seed: int) -> list[Tensor]:
+    """Batches of `tokens` rows of saved activations, drawn as by `draw`: each call has other tokens, and so other paths.
+
+    Small batches are many, and no multiple of `MODEL_LAYERS`: one layer's weights do not meet the same tokens each time.
+    """
+    return list(draw(saved, weights, tokens * num_batches(tokens, weights.hidden), seed).split(tokens))
+
+
+def num_batches(tokens: int, hidden: int) -> int:
+    """How many batches `batches_of` makes: primes, as long as they hold no more than 48 MiB."""
+    return next((count for count in (1009, 499, 251, 127, 61, 31, 13, 7, 5) if count * tokens * hidden <= 12 << 20), 1)
 
 
 def layer_call(
-    implementation: Implementation, weights: LayerWeights, x: Tensor, *, mode: str = "hot", direction: str = "forward"
+    implementation: Implementation, copies: Sequence[LayerWeights], batches: Sequence[Tensor], direction: str = "forward"
 ) -> Callable[[], object]:
-    """A call of no arguments that runs the layer on x once; "cold" goes to the next copy of the weights at each call."""
-    size = 2 * weights.w_in.numel() * weights.w_in.element_size()
-    copies = 1 if mode == "hot" else max(1, min(MODEL_LAYERS, COLD_BYTES // size))
+    """A call of no arguments that runs the layer once: each time on the next copy of its weights, and on the next batch."""
     if direction == "train":
-        return _training_call(implementation, weights, x, copies)
-    layers = cycle([implementation.prepare(weights if copy == 0 else weights.copy()) for copy in range(copies)])
+        return _training_call(implementation, copies, batches)
+    layers, tokens = cycle([implementation.prepare(each) for each in copies]), cycle(batches)
 
     def call() -> Tensor:
         with torch.inference_mode():
-            return next(layers)(x)
+            return next(layers)(next(tokens))
 
     return call
 
 
-def _training_call(implementation: Implementation, weights: LayerWeights, x: Tensor, copies: int) -> Callable[[], object]:
+def _training_call(implementation: Implementation, copies: Sequence[LayerWeights], batches: Sequence[Tensor]) -> Callable[[], object]:
     leaves = []
-    for _ in range(copies):
-        own = weights.copy()
-        bias = None if own.b_in is None else own.b_in.requires_grad_()
-        leaves.append(replace(own, w_in=own.w_in.requires_grad_(), b_in=bias, w_out=own.w_out.requires_grad_()))
+    for each in map(implementation.stores, copies):
+        bias = None if each.b_in is None else each.b_in.detach().requires_grad_()
+        leaves.append(replace(each, w_in=each.w_in.detach().requires_grad_(), b_in=bias, w_out=each.w_out.detach().requires_grad_()))
     layers = cycle([(each, implementation.prepare(each)) for each in leaves])
-    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    tokens = x.clone().requires_grad_()
+    grad_y = torch.randn(batches[0].shape, generator=torch.Generator().manual_seed(0)).to(batches[0])
+    tokens = cycle([each.clone().requires_grad_() for each in batches])
 
     def call() -> None:
-        own, layer = next(layers)
-        wanted = [each for each in (tokens, own.w_in, own.b_in, own.w_out) if each is not None]
-        torch.autograd.grad(layer(tokens), wanted, grad_y)
+        (own, layer), x = next(layers), next(tokens)
+        wanted = [each for each in (x, own.w_in, own.b_in, own.w_out) if each is not None]
+        torch.autograd.grad(layer(x), wanted, grad_y)
 
     return call
 
 
-def row_of(implementation: Implementation, verdict: Verdict, series: timing.Series | None, tokens: int) -> dict[str, Any]:
+def row_of(
+    implementation: Implementation, verdict: Verdict, series: timing.Series | None, tokens: int, left_out: str | None = None
+) -> dict[str, Any]:
     """A row of `Comparison.rows`, without its side."""
     scale = 1e9 / tokens
     return {
@@ -204,5 +255,5 @@ def row_of(implementation: Implementation, verdict: Verdict, series: timing.Seri
         "verified": verdict.verified,
         "path_flips": verdict.path_flips,
         "worst": verdict.worst,
-        "reason": verdict.reason,
+        "reason": verdict.reason or left_out,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.shape import child
 
+WHOLE_ELEMENTS = 1 << 27  # of larger weights, no float64 copy is made
 Array = npt.NDArray[np.float64]
 
 
@@ -46,11 +48,25 @@ def _float64(tensor: Tensor) -> Array:
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
+class _Rows:
+    """Weights [trees, nodes, hidden] of which rows become float64 as they are visited."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+
+    def __getitem__(self, at: Any) -> Array:
+        return _float64(self._tensor[at])
+
+
+def _rows(tensor: Tensor) -> Array | _Rows:
+    return _float64(tensor) if tensor.numel() <= WHOLE_ELEMENTS else _Rows(tensor)
+
+
 def forward(layer: LayerWeights, x: Tensor, paths: Tensor | None = None) -> Forward:
     """Walk every token of x [tokens, hidden] down its own path, or along `paths` [tokens, trees, levels]."""
     shape, act = layer.shape, activation_of(layer.activation).apply
-    tokens, w_in, w_out = _float64(x), _float64(layer.w_in), _float64(layer.w_out)
-    b_in = np.zeros(w_in.shape[:2]) if layer.b_in is None else _float64(layer.b_in)
+    tokens, w_in, w_out = _float64(x), _rows(layer.w_in), _rows(layer.w_out)
+    b_in = np.zeros(layer.w_in.shape[:2]) if layer.b_in is None else _float64(layer.b_in)
     visited = np.zeros((len(tokens), shape.trees, shape.levels), dtype=np.int64)
     logits, logit_terms = np.zeros(visited.shape), np.zeros(visited.shape)
     y, y_terms, y_logit_terms = np.zeros_like(tokens), np.zeros_like(tokens), np.zeros_like(tokens)

@@ -30,6 +30,7 @@ class Implementation:
     `dtypes` are those of x and of the weights alike. `unavailable` gives the reason why it cannot run on this machine, or None;
     `refuses` the reason why it cannot take these weights, or None. `paths(weights, x)` gives the nodes it visits, where it can.
     `bits8` and `tf32` say that float32 is rounded to 8 bits or to TF32 on the way: such times are not those of float32.
+    `stores(weights)` gives the weights as its user would keep and train them, such as padded ones.
     `rounds(weights)` gives the 8-bit weights that it computes with in their place: the gate then follows those.
     """
 
@@ -47,6 +48,7 @@ class Implementation:
     bits8: bool = False
     tf32: bool = False
     rounds: Callable[[LayerWeights], int8.Int8Weights] | None = None
+    stores: Callable[[LayerWeights], LayerWeights] = lambda weights: weights
 
     def why_not(self, weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", backward: bool = False) -> str | None:
         """Reason why this implementation does not apply, or None if it does."""
@@ -148,8 +150,20 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("sparse_coo", "cmm", naive.sparse(torch.sparse_coo), slow=True),
     Implementation("sparse_csr", "cmm", naive.sparse(torch.sparse_csr), slow=True),
     Implementation("torch_dense", "dense", dense.eager, BOTH, EVERY, supports_backward=True),
-    Implementation("torch_dense_padded", "dense", dense.padded, BOTH, EVERY, supports_backward=True),
-    Implementation("torch_dense_compiled", "dense", dense.compiled, BOTH, frozenset({F32, BF16, F16}), unavailable=_no_compiler, slow=True),
+    Implementation(
+        "torch_dense_padded", "dense", dense.padded, BOTH, EVERY, supports_backward=True, refuses=dense.why_not_padded, stores=dense.pad
+    ),
+    Implementation(
+        "torch_dense_compiled",
+        "dense",
+        dense.compiled,
+        BOTH,
+        frozenset({F32, BF16, F16}),
+        supports_backward=True,
+        unavailable=_no_compiler,
+        stores=dense.pad,
+        slow=True,
+    ),
     Implementation("numpy_sgemm", "dense", dense.numpy_sgemm),
     Implementation("torch_int8_dynamic", "dense", dense.int8_dynamic, unavailable=_no_int8, bits8=True),
     *(Implementation(**fields) for fields in entries.fields()),

@@ -15,6 +15,7 @@ import torch
 PREEMPTED = 1.08  # wall time over CPU time of a sample beyond which something else ran on this CPU
 SPREAD = 0.25  # (q80 - q20) / median beyond which a series is called noisy
 SAMPLE_S = 0.002  # a sample repeats its call until it lasts this long
+READ_BYTES = 256 << 20
 REFUSALS = 3  # times the wanted rounds that may be refused before disturbed samples are taken and flagged
 
 
@@ -89,6 +90,17 @@ def quantiles_of(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     tenths = quantiles(values, n=10, method="inclusive")
     return tenths[1], tenths[4], tenths[7]
+
+
+def read_bytes_per_s() -> float:
+    """Bytes a second that torch's threads read from memory: the best of several sums over more than any cache holds."""
+    data, least = torch.ones(READ_BYTES // 4), math.inf
+    data.sum()
+    for _ in range(5):
+        begin = time.perf_counter()
+        data.sum()
+        least = min(least, time.perf_counter() - begin)
+    return READ_BYTES / least
 
 
 def load() -> float:

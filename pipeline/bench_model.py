@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fffsweep.kernels import timing
-from fffsweep.kernels.measure import DTYPES, gate
+from fffsweep.kernels import registry, timing
+from fffsweep.kernels.cmm import choose
+from fffsweep.kernels.gate import passes
+from fffsweep.kernels.measure import DTYPES
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.machine import provenance
@@ -78,12 +80,14 @@ def time_model(case: ModelCase, batches: list[int], *, min_time_s: float = 5.0, 
     encoders = {name: case.encoder(name) for name in VARIANTS}
     tree = encoders["cmm"].layers[0].feedforward
     assert isinstance(tree, FeedForwardLayer), "the variant has one"
-    held = torch.randn(64, case.hidden, generator=torch.Generator().manual_seed(1))
-    # what the tree layer runs is one of these; all must be right
-    verdicts = [verdict for each, verdict in gate(tree.weights().to(torch.float32), held, DTYPES[case.dtype]) if not each.bits8]
-    verified = bool(verdicts) and all(each.verified for each in verdicts)
+    weights, dtype = tree.weights().to(torch.float32), DTYPES[case.dtype]
     rows = []
     for batch in batches:
+        tokens = torch.randn(batch * case.sequence_length, case.hidden, generator=torch.Generator().manual_seed(1))
+        # what the tree layer runs is the operator's choice
+        chosen = registry.find(choose(tokens.to(dtype), weights.to(dtype).w_in, weights.shape))
+        with timing.pinned(case.threads):
+            verified = passes(chosen, weights, tokens, dtype).verified
         ids = torch.randint(1, case.vocabulary, (batch, case.sequence_length), generator=torch.Generator().manual_seed(2))
         with timing.pinned(case.threads):
             load = timing.load()

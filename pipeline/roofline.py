@@ -19,7 +19,6 @@ from fffsweep.kernels.measure import DTYPES
 from fffsweep.kernels.torch_forms import masked_paths
 
 _SIDE = 768  # of the matrices that show the peak: past every blocking, and done in tens of milliseconds
-_READ_BYTES = 256 << 20  # past every cache
 _REPEATS = 5
 _CHUNK = 1024  # tokens whose paths are walked at once
 
@@ -40,8 +39,7 @@ def machine_peaks(dtype: str, threads: int) -> Peaks:
         for kind in {DTYPES[dtype], torch.float32}:
             a = torch.ones(_SIDE, _SIDE, dtype=kind)
             speeds.append(2 * _SIDE**3 / _least_s(lambda a=a: torch.mm(a, a)))  # type: ignore[misc]
-        data = torch.ones(_READ_BYTES // 4)
-        return Peaks(max(speeds), _READ_BYTES / _least_s(data.sum))
+        return Peaks(max(speeds), timing.read_bytes_per_s())
 
 
 def roofline_ns(weights: LayerWeights, x: Tensor, dtype: str, threads: int, mode: str) -> float:

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fffsweep.kernels import bench_report, registry
+from fffsweep.kernels.gate import GATE_NODES, GATE_TOKENS, amid
 from fffsweep.kernels.gpu import availability, timing
 from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import LayerWeights, random_layer
@@ -26,7 +26,6 @@ from fffsweep.kernels.verify import verify
 
 SCHEMA = 1
 DEVICE = "cuda"
-GATE_TOKENS = 48
 SLOW_FACTOR = 30.0  # implementations that far behind the fastest are timed by one call alone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -131,7 +130,7 @@ def _gated(
 ) -> tuple[Row, Callable[[], object] | None]:
     """Row without times, and the call to time if the implementation passed the gate on fresh random tokens in the midst of x."""
     generator = torch.Generator().manual_seed(time.time_ns() % (1 << 62))
-    places = torch.randperm(len(x), generator=generator)[: max(2, min(GATE_TOKENS, 20_000 // weights.shape.active_width))]
+    places = torch.randperm(len(x), generator=generator)[: max(2, min(GATE_TOKENS, GATE_NODES // weights.shape.active_width))]
     fresh = torch.randn(len(places), x.shape[1], generator=generator).to(x)
     dtype = "tf32" if each.tf32 else str(x.dtype).removeprefix("torch.")
     row = {
@@ -146,26 +145,12 @@ def _gated(
     try:
         verdict = verify(amid(each, x, places.to(x.device)), weights, fresh, backward=direction == "train", exact=exact)
         row |= {"verified": verdict.verified, "path_flips": verdict.path_flips, "worst": verdict.worst, "reason": verdict.reason}
-        call = layer_call(each, weights, x, direction=direction) if verdict.verified else None
+        call = layer_call(each, [weights], [x], direction) if verdict.verified else None
         if call is not None:
             row["once_s"] = timing.once(call)
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a baseline that does not run here is a row, not the end
         return row | {"verified": False, "path_flips": 0, "worst": None, "reason": str(error)[:500], "once_s": None}, None
     return row, call
-
-
-def amid(each: Implementation, x: Tensor, places: Tensor) -> Implementation:
-    """`each`, given tokens [len(places), hidden], computes all of x with these in their places: a batch as large as the timed one."""
-
-    def whole(tokens: Tensor) -> Tensor:
-        return x.index_copy(0, places, tokens)
-
-    def prepare(weights: LayerWeights) -> Callable[[Tensor], Tensor]:
-        layer = each.prepare(weights)
-        return lambda tokens: layer(whole(tokens))[places]
-
-    own = each.paths
-    return replace(each, prepare=prepare, paths=None if own is None else lambda weights, tokens: own(weights, whole(tokens))[places])
 
 
 def _time(rows: list[Row], calls: dict[int, Callable[[], object]], tokens: int, options: argparse.Namespace) -> None:

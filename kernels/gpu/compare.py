@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fffsweep.kernels import timing as host
+from fffsweep.kernels.gate import gate
 from fffsweep.kernels.gpu import timing
 from fffsweep.kernels.layer import LayerWeights
-from fffsweep.kernels.measure import Comparison, comparison, draw, gate, layer_call, row_of
+from fffsweep.kernels.measure import Comparison, comparison, draw, layer_call, row_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Clock = Callable[[dict[str, timing.Call], str, float], dict[str, host.Series]]
@@ -53,7 +54,7 @@ def compare_on_gpu(
             for each, verdict in gate(weights, x, kind, seed=seed, device=device):
                 series = None
                 if verdict.verified and not (each.bits8 or each.tf32):
-                    call = layer_call(each, weights.to(kind).on(device), x.to(device, kind))
+                    call = layer_call(each, [weights.to(kind).on(device)], [x.to(device, kind)])
                     series = clock({each.name: call}, mode, min_time_s / 8)[each.name]
                     timed[each.name] = series.median_s, call
                 rows.append({"side": side} | row_of(each, verdict, series, tokens))

@@ -23,7 +23,7 @@ class TimedPoint(Settings):
 
 
 class BenchmarkPoint(TimedPoint):
-    """A condition on CPUs. mode `cold`: weights of twelve layers take turns, as in a model."""
+    """A condition on CPUs; each call has other tokens. mode `cold`: weights of twelve layers take turns, as in a model."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Count = Field(default=1, ge=1)
@@ -65,7 +65,7 @@ class BenchmarkCpu:
     """Artifact: `benchmark.json`, one row for each implementation, side and point, and the machine's peaks."""
 
     name: ClassVar[str] = "benchmark_cpu"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/layer_timing.py",
         "pipeline/roofline.py",

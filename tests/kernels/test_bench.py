@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from fffsweep.kernels import bench, registry
-from fffsweep.kernels.bench_report import compare
+from fffsweep.kernels.bench_report import compare, median_run
 
 KEYS = [
     "suite",
@@ -51,6 +52,44 @@ def test_a_run_writes_json_and_markdown(tmp_path, capsys) -> None:
     assert "torch dense" in capsys.readouterr().out
 
 
+def test_runs_pictures_saved_activations_and_forced_implementations(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.save(torch.randn(30, 16), tmp_path / "saved.pt")
+    arguments = ["--layout", "1x3", "--hidden", "16", "--tokens", "1,40", "--dtype", "float32,int8", "--min-time", "0.01", "--runs", "3"]
+    arguments += ["--activations", str(tmp_path / "saved.pt"), "--plot", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    assert bench.main(arguments) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {row["run"] for row in rows} == {0, 1, 2}
+    for tokens, dtype in ((1, "float32"), (40, "float32"), (1, "int8"), (40, "int8")):
+        best = [row for row in rows if (row["tokens"], row["dtype"], row["best"]) == (tokens, dtype, True)]
+        assert len(best) == 1
+        runs = [row for row in rows if (row["tokens"], row["implementation"], row["dtype"]) == (tokens, best[0]["implementation"], dtype)]
+        assert len(runs) == 3
+    assert all(row["memory_limit"] > 0 for row in rows)
+    assert all((row["flop_limit"] is None) == (row["dtype"] == "int8") for row in rows)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.main(["--layout", "1x3", "--hidden", "8", "--tokens", "4", "--implementation", "gather", "--min-time", "0.01"]) == 0
+
+
+def test_the_median_run_is_shown() -> None:
+    def run(speedup: float | None) -> list[dict]:
+        return [{"best": speedup is not None, "speedup_vs_torch_dense": speedup}]
+
+    runs = [run(3.0), run(1.0), run(2.0)]
+    assert median_run(runs) is runs[2][0]
+    assert [rows[0]["best"] for rows in runs] == [False, False, True]
+    unsound = [run(3.0), run(None)]
+    assert median_run(unsound) is None
+    assert not any(rows[0]["best"] for rows in unsound)
+
+
+def test_every_suite_is_made_of_cases() -> None:
+    for suite in bench.SUITES:
+        groups = bench._parse(["--suite", suite, "--min-time", "3"])
+        assert all(group.min_time == 3 for group in groups)
+        assert len({case for group in groups for case in bench._cases(group)}) >= 3
+
+
 def test_results_are_named_by_machine_and_date(tmp_path, capsys) -> None:
     assert bench.main(["--layout", "1x2", "--hidden", "8", "--tokens", "4", "--min-time", "0.01", "--results", str(tmp_path)]) == 0
     [table], [rows] = tmp_path.glob("cmm_cpu_*.md"), tmp_path.glob("cmm_cpu_*.json")
@@ -72,11 +111,19 @@ def test_a_case_without_a_verified_implementation_fails(monkeypatch: pytest.Monk
         (["--tokens", "0"], "--tokens 0: expected an integer >= 1"),
         (["--dtype", "float7"], "--dtype float7: expected one of float32"),
         (["--mode", "warm"], "--mode warm: expected one of hot, cold"),
+        (["--runs", "0"], "--runs 0: expected an integer >= 1"),
+        (["--implementation", "nativ"], "implementation='nativ': expected one of native,"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: list[str], message: str, capsys) -> None:
     assert bench.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_activations_of_another_size_are_refused(tmp_path, capsys) -> None:
+    torch.save(torch.randn(30, 8), tmp_path / "saved.pt")
+    assert bench.main(["--layout", "1x3", "--hidden", "16", "--tokens", "4", "--activations", str(tmp_path / "saved.pt")]) == 2
+    assert "holds [30, 8], expected a tensor [any, 16], the size that --hidden says" in capsys.readouterr().err
 
 
 def test_speedups_are_against_the_right_dense_layers() -> None:

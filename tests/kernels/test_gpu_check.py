@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fffsweep.kernels import registry
-from fffsweep.kernels.gpu import bench, goals
+from fffsweep.kernels.gate import amid
+from fffsweep.kernels.gpu import goals
 from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import random_layer
 from fffsweep.kernels.shape import TreeShape
@@ -68,11 +69,11 @@ def test_the_gate_holds_a_batch_as_large_as_the_timed_one(backward):
         return lambda tokens: sizes.append(len(tokens)) or layer(tokens)
 
     watched = registry.Implementation("watched", "cmm", prepare, supports_backward=True, paths=sound.paths)
-    assert verify(bench.amid(watched, x, places), weights, fresh, backward=backward).verified
+    assert verify(amid(watched, x, places), weights, fresh, backward=backward).verified
     assert sizes == [40]
     # wrong in large batches alone: what a gate on few tokens lets pass
     broken = registry.Implementation(
         "broken", "cmm", lambda weights: lambda tokens: sound.prepare(weights)(tokens) * (len(tokens) < 30), supports_backward=True
     )
     assert verify(broken, weights, fresh).verified
-    assert not verify(bench.amid(broken, x, places), weights, fresh).verified
+    assert not verify(amid(broken, x, places), weights, fresh).verified

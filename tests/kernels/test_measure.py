@@ -1,13 +1,15 @@
 """Timing and comparison of layers: what is recorded, what is refused."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fffsweep.kernels import registry, timing
+from fffsweep.kernels import measure, registry, timing
+from fffsweep.kernels.gate import gate, passes
 from fffsweep.kernels.layer import random_layer
-from fffsweep.kernels.measure import compare_layers, draw, gate
+from fffsweep.kernels.measure import batches_of, compare_layers, contenders, copies_of, draw, layer_call, num_batches
 from fffsweep.kernels.shape import parse_layout
 
 
@@ -53,6 +55,107 @@ def test_wrong_paths_fail_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     [(_, verdict)] = gate(weights, x, torch.float32)
     assert not verdict.verified
     assert "paths leave" in verdict.reason
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_gate_holds_the_batch_and_the_calls_that_are_timed(backward: bool) -> None:
+    """Wrong for a single token alone, or in batches of more than 100: a gate on a few tokens would let both pass."""
+    honest = registry.find("gather")
+    weights, _, x, _ = pair()
+    x = x.repeat(4, 1)
+
+    def wrong_if(condition):
+        def prepare(weights):
+            layer = honest.prepare(weights)
+            return lambda x: layer(x) * (1.01 if condition(len(x)) else 1)
+
+        return registry.Implementation("wrong", "cmm", prepare, supports_backward=True, paths=honest.paths)
+
+    alone, many = wrong_if(lambda count: count == 1), wrong_if(lambda count: count > 100)
+    for batch, sound, unsound in ((x[:1], many, alone), (x, alone, many), (x[:20], many, wrong_if(lambda count: count == 20))):
+        assert passes(sound, weights, batch, torch.float32, backward=backward).verified
+        assert not passes(unsound, weights, batch, torch.float32, backward=backward).verified
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["1x11", "4095x0"])
+def test_the_gate_tells_a_wrong_layer_from_rounding(layout: str, dtype: torch.dtype) -> None:
+    weights = random_layer(parse_layout(layout), 256, dtype=dtype)
+    x = torch.randn(12, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    honest = registry.find("gather" if weights.shape.depth else "torch_dense")
+
+    def changed(change, name="wrong"):
+        return registry.Implementation(
+            name, honest.role, lambda weights: change(weights), dtypes=honest.dtypes, supports_backward=True, paths=honest.paths
+        )
+
+    def narrow(weights):
+        layer = honest.prepare(weights.to(torch.bfloat16))
+        return lambda x: layer(x.bfloat16()).to(dtype)
+
+    wrong = {
+        "zeros": lambda weights: lambda x: x * 0,
+        "another activation": lambda weights: honest.prepare(replace(weights, activation="relu")),
+        "a token's output in another's place": lambda weights: lambda x: honest.prepare(weights)(x).roll(1, 0),
+        "a column short": lambda weights: lambda x: torch.cat([honest.prepare(weights)(x)[:, :-1], x[:, :1] * 0], dim=1),
+    }
+    if weights.shape.depth:
+        wrong["a level short"] = lambda weights: honest.prepare(
+            replace(weights, w_out=weights.w_out * (torch.arange(4095) > 0).view(1, -1, 1))
+        )
+    if dtype != torch.bfloat16:
+        wrong["bfloat16 on the way"] = narrow
+    assert passes(honest, weights, x, dtype, backward=True).verified
+    for name, change in wrong.items():
+        assert not passes(changed(change), weights, x, dtype).verified, name
+
+
+def test_each_call_has_other_tokens_and_cold_ones_other_weights() -> None:
+    seen = []
+
+    def prepare(weights):
+        return lambda x: seen.append((weights.w_in.data_ptr(), tuple(x.flatten().tolist())))
+
+    spy, x = registry.Implementation("spy", "cmm", prepare), torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
+    weights = random_layer(parse_layout("1x3"), 16)
+    for mode, num_copies in (("hot", 1), ("cold", 12)):
+        seen.clear()
+        batches = batches_of(x, weights, 1, seed=0)
+        call = layer_call(spy, copies_of(weights, mode), batches)
+        for _ in range(1009):
+            call()
+        assert len({tokens for _, tokens in seen}) == len(batches) == 1009
+        assert len({place for place, _ in seen}) == num_copies
+        # the same layer does not meet the same token again before every other layer has met it
+        for _ in range(1009):
+            call()
+        assert len(set(seen)) == 2018 if num_copies > 1 else 1009
+    assert num_batches(16384, 768) == 1
+    assert num_batches(1024, 768) == 13
+
+
+def test_what_is_far_behind_in_a_small_batch_is_not_timed_in_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "FAR_BEHIND", 4.0)
+    honest, calls = registry.find("gather"), []
+
+    def slow(weights):
+        layer = honest.prepare(weights)
+
+        def call(x):
+            calls.append(len(x))
+            time.sleep(0.5)
+            return layer(x)
+
+        return call
+
+    weights, _, x, _ = pair()
+    crawling = registry.Implementation("crawling", "cmm", slow)
+    found = {each.name: each for each in contenders([honest, crawling], weights, [x.repeat(30, 1)], torch.float32)}
+    assert found["gather"].call is not None
+    assert found["crawling"].call is None
+    assert found["crawling"].verdict.verified
+    assert "times the fastest at 128 tokens" in str(found["crawling"].left_out)
+    assert max(calls) == 128
 
 
 @pytest.mark.parametrize(
