@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fffsweep.kernels import timing
 from fffsweep.kernels.layer import random_layer
 from fffsweep.kernels.reference import forward
 from fffsweep.kernels.shape import TreeShape
@@ -37,7 +38,7 @@ def test_cold_is_bound_by_memory_and_hot_by_arithmetic(layer, monkeypatch):
 
 
 def test_peaks_of_this_machine_are_plausible(monkeypatch):
-    monkeypatch.setattr(roofline, "_READ_BYTES", 16 << 20)
+    monkeypatch.setattr(timing, "READ_BYTES", 16 << 20)
     machine_peaks.cache_clear()
     peaks = machine_peaks("float32", 1)
     machine_peaks.cache_clear()
