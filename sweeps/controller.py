@@ -199,7 +199,7 @@ class Controller:
                 return False
             wanted = self._resources(key)
             if not capacity.has_room(wanted, self._running.values()):
-                if not self._running:
+                if not capacity.fits(wanted):
                     self._say_once(key, capacity.lacking(wanted))
                 return None
             self._running[key] = wanted
@@ -207,7 +207,7 @@ class Controller:
 
         for key in self._shared.take(accept):
             self._submit(key, executor)
-        if capacity.num_bench or not self._shared:
+        if capacity.bench or not self._shared:
             for key in self._alone.take(accept):
                 self._submit(key, executor)
 

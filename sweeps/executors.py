@@ -17,6 +17,7 @@ from fffsweep.pipeline.machine import machine_fingerprint
 from fffsweep.pipeline.secrets import mask
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.limits import ON_EITHER
 from fffsweep.sweeps.watchdog import alarmed
 
@@ -43,32 +44,6 @@ class Event:
     fault: Fault | None = None
     message: str = ""
     damaged_key: str | None = None
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What an executor has to run on. `bench` says that exclusive runs have nodes of their own, apart from these CPUs."""
-
-    cpus: int
-    gpus: float = 0.0
-    node_cpus: int = 1
-    num_bench: int = 0
-
-    def has_room(self, wanted: Resources, running: Collection[Resources]) -> bool:
-        """Whether `wanted` can be started beside what is running."""
-        if wanted.exclusive and self.num_bench:
-            return sum(each.exclusive for each in running) < self.num_bench
-        beside = [each for each in running if not (each.exclusive and self.num_bench)]
-        cpus = sum(self._cpus(each) for each in beside) + self._cpus(wanted)
-        return cpus <= self.cpus and sum(each.workers * each.gpus for each in (*beside, wanted)) <= self.gpus
-
-    def lacking(self, wanted: Resources) -> str:
-        """What to say of a run that waits although nothing else is running."""
-        asked = f"{wanted.workers * wanted.cpus} CPUs and {wanted.workers * wanted.gpus:g} GPUs"
-        return f"waits for a larger cluster: it asks for {asked}, and there are {self.cpus} CPUs and {self.gpus:g} GPUs"
-
-    def _cpus(self, resources: Resources) -> int:
-        return self.node_cpus if resources.exclusive else resources.workers * min(resources.cpus, self.cpus)
 
 
 class Executor(Protocol):
@@ -162,6 +137,16 @@ def _is_full(store: Store) -> bool:
         return True
 
 
+class _OneByOne(Capacity):
+    """A process that runs one stage at a time: that one has the machine, whatever it asks for."""
+
+    def has_room(self, wanted: Resources, running: Collection[Resources]) -> bool:
+        return not running
+
+    def fits(self, wanted: Resources) -> bool:
+        return True
+
+
 class InlineExecutor:
     """One run after another in this process: a laptop, an HPC node, an air-gapped GPU box.
 
@@ -176,7 +161,7 @@ class InlineExecutor:
         claim: Claim | None = None,
         device: str | None = None,
     ) -> None:
-        self.capacity = Capacity(cpus=(cpus := len(os.sched_getaffinity(0))), gpus=float("inf"), node_cpus=cpus)
+        self.capacity: Capacity = _OneByOne((Node(len(os.sched_getaffinity(0))),))
         self._store, self._stop_requested, self._on_progress, self._claim = store, stop_requested, on_progress, claim
         self._device = device
         self._queue: deque[tuple[StageRun, Resources]] = deque()

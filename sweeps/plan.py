@@ -75,7 +75,7 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     store = open_store(results / "store")
     stored_keys = frozenset(store.keys())
     plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if key in stored_keys else None)
-    runs = {stage.run.key: (trial, stage) for trial in plans for stage in trial.stages}
+    runs = {stage.run.key: (trial, _limited(config, stage)) for trial in plans for stage in trial.stages}
     cached = stored_keys & runs.keys()
     history = History(store)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -141,6 +141,11 @@ def _summary(plan: TrialPlan, cached: frozenset[str]) -> TrialSummary:
     spec = plan.spec
     num_cached = sum(stage.run.key in cached for stage in plan.stages)
     return TrialSummary(spec.id, spec.layout, spec.controls, spec.in_study, len(plan.stages), num_cached)
+
+
+def _limited(config: SweepConfig, stage: PlannedStage) -> PlannedStage:
+    """A stage run with the resources that the config gives it."""
+    return replace(stage, resources=config.limits_of(stage.run.stage).applied(stage.resources))
 
 
 def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: History) -> tuple[float, float, str]:

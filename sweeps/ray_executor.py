@@ -10,15 +10,18 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fffsweep.pipeline.lease import Claim
 from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.cluster_auth import use_token
-from fffsweep.sweeps.executors import Capacity, Event, Fault, attempt
+from fffsweep.sweeps.executors import Event, Fault, attempt
 from fffsweep.sweeps.ray_workers import on_workers
 from fffsweep.sweeps.watchdog import guarded, leave_fate, take_fate
 
@@ -51,6 +54,7 @@ class RayExecutor:
             local: dict[str, Any] = {
                 "num_cpus": len(os.sched_getaffinity(0)),
                 "object_store_memory": 100 * 2**20,
+                "_memory": psutil.virtual_memory().total,  # as `check_fits_here` has it; by default Ray offers a part of what is free
                 "include_dashboard": False,
             }
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
@@ -72,12 +76,7 @@ class RayExecutor:
             self._nodes = [node for node in self._ray.nodes() if node["Alive"]]
             self._nodes_at = time.monotonic()
             self._have_drained_nodes_saved()
-        bench = [node for node in self._nodes if _is_bench(node)]
-        shared = [node for node in self._nodes if not _is_bench(node)] or self._nodes
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in shared]
-        gpus = sum(float(node["Resources"].get("GPU", 0)) for node in shared)
-        num_bench = len(bench) if len(bench) < len(self._nodes) else 0
-        return Capacity(sum(cpus), gpus, max(cpus, default=0), num_bench)
+        return capacity_of(self._nodes)
 
     def submit(self, run: StageRun, resources: Resources) -> None:
         # Ray counts tasks by name and forgets none, in the driver and in its metrics: the stage's name, not the run's
@@ -86,13 +85,11 @@ class RayExecutor:
             options["memory"] = resources.memory_bytes
         if resources.workers > 1:
             options |= {"num_cpus": 0, "num_gpus": 0}  # Ray Train reserves for the workers
-        if resources.exclusive and self.capacity.num_bench:
-            options["label_selector"] = BENCH
-            options["num_cpus"] = min(int(node["Resources"].get("CPU", 0)) for node in self._nodes if _is_bench(node))
-        elif resources.exclusive:
-            options["num_cpus"] = self.capacity.node_cpus
-        elif self.capacity.num_bench:
-            options["label_selector"] = NOT_BENCH
+        capacity = capacity_of(self._nodes)  # those that it was found to fit
+        if resources.exclusive:
+            options["num_cpus"] = capacity.whole_node_cpus(resources)
+        if capacity.bench:
+            options["label_selector"] = BENCH if resources.exclusive else NOT_BENCH
         self._num_submitted += 1
         claim = Claim(self._claim.name, self._claim.rank + self._num_submitted)
         task = self._task.options(**options).remote(run, resources, self._store, self._stop_file, self._board_name, claim)
@@ -148,6 +145,18 @@ def fate_path(store: Store, key: str) -> Path:
 def yield_path(stop_file: Path, node_id: str) -> Path:
     """Flag that asks the runs on one node to save themselves and make room."""
     return stop_file.with_name(f"yield-{node_id}")
+
+
+def capacity_of(nodes: Sequence[dict[str, Any]]) -> Capacity:
+    """What living nodes, as Ray lists them, have; those for timings stand apart unless there are no others."""
+    bench = tuple(_node(node) for node in nodes if _is_bench(node))
+    shared = tuple(_node(node) for node in nodes if not _is_bench(node))
+    return Capacity(shared, bench) if shared else Capacity(bench)
+
+
+def _node(node: dict[str, Any]) -> Node:
+    there = node["Resources"]
+    return Node(int(there.get("CPU", 0)), float(there.get("GPU", 0)), float(there.get("memory", 0)))
 
 
 def _is_bench(node: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fffsweep.pipeline.stage import Resources
+from fffsweep.sweeps.capacity import Node
 from fffsweep.sweeps.ready import ReadyRuns
 
 SCHEMA = "fffsweep.simulation/1"
@@ -109,7 +110,7 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
 
     def cpus_of(key: str) -> int:
         wanted = by_key[key].resources
-        return cluster.node_cpus if wanted.exclusive else min(wanted.cpus, cluster.node_cpus)
+        return cluster.node_cpus if wanted.exclusive else wanted.cpus
 
     def place(key: str) -> bool | None:
         wanted, cpus = by_key[key].resources, cpus_of(key)
@@ -148,12 +149,16 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
 
 def _check(by_key: Mapping[str, SimulatedRun], done: frozenset[str], cluster: Cluster) -> None:
     for run in by_key.values():
-        if run.resources.gpus > cluster.node_gpus:
+        asked = run.resources
+        if asked.gpus > cluster.node_gpus:
             raise ValueError(
-                f"--node-gpus {cluster.node_gpus:g}: a stage run asks for {run.resources.gpus:g} GPUs; expected at least as many on a node"
+                f"--node-gpus {cluster.node_gpus:g}: a stage run asks for {asked.gpus:g} GPUs; expected at least as many on a node"
             )
-        asked, whole = run.resources, _Node(cluster.node_cpus, cluster.node_gpus)
-        if (there := cluster.num_nodes * whole.room(min(asked.cpus, cluster.node_cpus), asked.gpus)) < asked.workers:
+        if asked.cpus > cluster.node_cpus and not asked.exclusive:
+            raise ValueError(
+                f"--node-cpus {cluster.node_cpus}: a stage run asks for {asked.cpus} CPUs; expected at least as many on a node"
+            )
+        if (there := cluster.num_nodes * Node(cluster.node_cpus, cluster.node_gpus).room(asked)) < asked.workers:
             raise ValueError(
                 f"--nodes {cluster.num_nodes}: a stage run has {asked.workers} workers of {asked.cpus} CPUs and {asked.gpus:g} GPUs each; "
                 f"there is room for {there}"

@@ -12,13 +12,21 @@ import pytest
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.controller import run_sweep
-from fffsweep.sweeps.executors import Capacity, attempt, of_the_machine
+from fffsweep.sweeps.executors import attempt, of_the_machine
 from fffsweep.sweeps.limits import StageLimits
+from fffsweep.sweeps.plan import make_plan
+from fffsweep.sweeps.ray_executor import capacity_of
+from fffsweep.sweeps.simulate import Cluster
 from fffsweep.sweeps.watchdog import TooLong, TooMuchMemory, alarmed, leave_fate, take_fate
 
 ONE, TWO, ALONE = Resources(cpus=1), Resources(cpus=2), Resources(cpus=1, exclusive=True)
+
+
+def nodes(*cpus):
+    return Capacity(tuple(Node(number) for number in cpus))
 
 
 def with_resources(config, **resources):
@@ -80,12 +88,20 @@ def test_what_would_wait_for_ever_is_refused_before_anything_is_started(tiny_dir
     assert not (tmp_path / "results").exists()
 
 
+def test_a_plan_for_a_cluster_counts_what_the_config_asks_for(tiny_directory_config, tmp_path):
+    assert make_plan(tiny_directory_config, tmp_path, Cluster(1, 2)).schedule.num_runs > 0
+    with pytest.raises(ValueError, match="--node-cpus 2: a stage run asks for 8 CPUs"):
+        make_plan(with_resources(tiny_directory_config, pretrain={"cpus": 8}), tmp_path, Cluster(1, 2))
+    with pytest.raises(ValueError, match="--node-gpus 0: a stage run asks for 1 GPUs"):
+        make_plan(with_resources(tiny_directory_config, pretrain={"gpus": 1}), tmp_path, Cluster(1, 2))
+
+
 def test_an_exclusive_run_waits_for_a_whole_node():
-    one_node = Capacity(cpus=2, node_cpus=2)
+    one_node = nodes(2)
     assert one_node.has_room(ALONE, [])
     assert not one_node.has_room(ALONE, [ONE])
     assert not one_node.has_room(ONE, [ALONE])
-    three_nodes = Capacity(cpus=6, node_cpus=2)
+    three_nodes = nodes(2, 2, 2)
     assert three_nodes.has_room(ALONE, [TWO, TWO])
     assert not three_nodes.has_room(ALONE, [TWO, TWO, ONE])
     assert three_nodes.has_room(TWO, [ALONE, ALONE])
@@ -97,17 +113,19 @@ def test_workers_each_take_what_a_run_takes(tiny_directory_config):
     values["resources"] = {"pretrain": {"workers": 2, "gpus": 1}}
     shared = SweepConfig.model_validate(values).limits_of("pretrain").applied(ONE)
     assert (shared.workers, shared.cpus, shared.gpus) == (2, 1, 1)
-    assert Capacity(cpus=3, gpus=2).has_room(shared, [ONE])
-    assert not Capacity(cpus=3, gpus=1).has_room(shared, [])
-    assert "it asks for 2 CPUs and 2 GPUs, and there are 3 CPUs and 1 GPUs" in Capacity(cpus=3, gpus=1).lacking(shared)
-    assert not Capacity(cpus=2, gpus=2).has_room(shared, [ONE])
+    assert Capacity((Node(3, 2),)).has_room(shared, [ONE])
+    assert Capacity((Node(2, 1), Node(1, 1))).has_room(shared, [ONE])
+    assert not Capacity((Node(2, 2),)).has_room(shared, [ONE])
+    small = Capacity((Node(3, 1),))
+    assert not small.has_room(shared, [])
+    assert small.lacking(shared).endswith("it asks for 2 workers of 1 CPU and 1 GPU each, and there is room for 1")
     values["resources"]["pretrain"]["memory_bytes"] = "4G"
     with pytest.raises(ValueError, match="workers=2 with memory_bytes or early_stopping"):
         SweepConfig.model_validate(values)
 
 
 def test_a_node_for_timings_stands_apart():
-    capacity = Capacity(cpus=4, node_cpus=2, num_bench=1)
+    capacity = Capacity((Node(2), Node(2)), bench=(Node(2),))
     assert capacity.has_room(ALONE, [TWO, TWO])
     assert not capacity.has_room(ALONE, [ALONE])
     assert capacity.has_room(TWO, [ALONE, TWO])
@@ -115,10 +133,73 @@ def test_a_node_for_timings_stands_apart():
 
 
 def test_gpus_are_counted_in_fractions():
-    capacity, half = Capacity(cpus=8, gpus=1.0), Resources(gpus=0.5)
+    capacity, half = Capacity((Node(8, 1.0),)), Resources(gpus=0.5)
     assert capacity.has_room(half, [half])
     assert not capacity.has_room(half, [half, half])
     assert capacity.has_room(ONE, [half, half])
+    assert capacity.has_room(Resources(gpus=0.7), [Resources(gpus=0.2), Resources(gpus=0.1)])  # in floats more than 1
+
+
+TOO_LARGE = [
+    (nodes(4, 4, 4), Resources(cpus=8), "it asks for 8 CPUs on one node; nodes there are: 3 with 4 CPUs"),
+    (nodes(4), Resources(cpus=10_000), "it asks for 10000 CPUs on one node; nodes there are: 1 with 4 CPUs"),
+    (
+        Capacity((Node(4, 1), Node(4, 1), Node(8))),
+        Resources(gpus=2),
+        "it asks for 1 CPU and 2 GPUs on one node; nodes there are: 2 with 4 CPUs and 1 GPU, 1 with 8 CPUs",
+    ),
+    (
+        Capacity((Node(8), Node(2, 1))),
+        Resources(cpus=4, gpus=1),
+        "it asks for 4 CPUs and 1 GPU on one node; nodes there are: 1 with 8 CPUs, 1 with 2 CPUs and 1 GPU",
+    ),
+    (
+        Capacity((Node(4, 0, 16e9), Node(4, 0, 16e9))),
+        Resources(memory_bytes=20 * 10**9),
+        "it asks for 1 CPU and 20 GB of memory on one node; nodes there are: 2 with 4 CPUs and 16 GB of memory",
+    ),
+    (
+        Capacity((Node(8, 1),), bench=(Node(4),)),
+        Resources(gpus=1, exclusive=True),
+        "it asks for all of one node labelled role=bench that has 1 GPU; nodes there are: 1 with 4 CPUs",
+    ),
+    (nodes(0), ONE, "it asks for 1 CPU on one node; nodes there are: 1 with 0 CPUs"),
+    (nodes(0), ALONE, "it asks for all of one node; nodes there are: 1 with 0 CPUs"),
+    (nodes(), ONE, "it asks for 1 CPU on one node; nodes there are: none"),
+]
+
+
+@pytest.mark.parametrize(("capacity", "wanted", "said"), TOO_LARGE, ids=[said for _, _, said in TOO_LARGE])
+def test_what_no_node_can_hold_is_not_started_and_what_it_lacks_is_said(capacity, wanted, said):
+    assert not capacity.fits(wanted)
+    assert not capacity.has_room(wanted, [])
+    assert capacity.lacking(wanted).startswith(f"waits for a larger cluster: {said}")
+
+
+def test_a_timing_has_the_largest_node_that_can_hold_it_alone():
+    assert nodes(2, 8).whole_node_cpus(Resources(cpus=4, exclusive=True)) == 8
+    assert nodes(2).whole_node_cpus(Resources(cpus=4, exclusive=True)) == 2  # its threads are its own affair
+    assert Capacity((Node(8), Node(4, 1))).whole_node_cpus(Resources(gpus=1, exclusive=True)) == 4
+    unequal = Capacity((Node(2),), bench=(Node(4), Node(8)))
+    assert unequal.whole_node_cpus(ALONE) == 8  # half of it would do on the smaller one, and leave room for another here
+    assert unequal.has_room(ALONE, [TWO])
+    assert not unequal.has_room(ALONE, [ALONE])
+
+
+def test_memory_is_counted():
+    capacity, large = Capacity((Node(8, 0, 16e9),)), Resources(memory_bytes=6 * 10**9)
+    assert capacity.has_room(large, [large, ONE])
+    assert not capacity.has_room(large, [large, large])
+
+
+def test_what_ray_lists_is_what_there_is():
+    def listed(labels=None, **resources):
+        return {"Resources": {"node:10.0.0.1": 1.0, **resources}, "Labels": labels or {}}
+
+    bench, plain, head = listed({"role": "bench"}, CPU=4.0, memory=8e9), listed(CPU=8.0, GPU=2.0, memory=16e9), listed(memory=1e9)
+    assert capacity_of([head, plain, bench]) == Capacity((Node(0, 0, 1e9), Node(8, 2, 16e9)), (Node(4, 0, 8e9),))
+    assert capacity_of([bench]) == Capacity((Node(4, 0, 8e9),))
+    assert not capacity_of([]).fits(ONE)
 
 
 def test_faults_of_the_machine_are_told_from_those_of_the_code():

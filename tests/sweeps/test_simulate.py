@@ -37,6 +37,12 @@ def test_wide_runs_wait_and_narrow_ones_pass_them():
     assert simulate(runs, frozenset(), Cluster(1, 4)).makespan_s == 4 + 2
 
 
+def test_what_no_node_can_hold_is_refused():
+    with pytest.raises(ValueError, match="--node-cpus 4: a stage run asks for 8 CPUs; expected at least as many on a node"):
+        simulate([run("a", 4, cpus=8)], frozenset(), Cluster(3, 4))
+    assert simulate([run("a", 4, cpus=8, exclusive=True)], frozenset(), Cluster(3, 4)).makespan_s == 4
+
+
 def test_gpus_are_counted():
     runs = [run(f"k{n}", 6, gpus=0.5) for n in range(4)]
     assert simulate(runs, frozenset(), Cluster(1, 16, node_gpus=1)).makespan_s == 12
