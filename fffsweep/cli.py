@@ -266,6 +266,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if not _is_ours(error):
             raise
         _refuse(str(error))
+    except ConnectionError as error:
+        from fffsweep.pipeline.remote_store import StoreUnreachable
+
+        if not isinstance(error, StoreUnreachable):
+            raise
+        _refuse(f"{error}; mend the address, the keys or the server, then try again")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 VARIABLE = "FFFSWEEP_STORE"
+_CHUNK = 2**20
 
 
 def open_store(root: Path) -> Store:
@@ -35,8 +36,12 @@ def open_store(root: Path) -> Store:
     return RemoteStore(root, address) if address else Store(root)
 
 
+class StoreUnreachable(ConnectionError):
+    """A remote store refuses: it is gone, overloaded, or denies access. The message names it without its secrets."""
+
+
 class RemoteStore(Store):
-    """`Store` with its truth elsewhere. May be pickled."""
+    """`Store` with its truth elsewhere. May be pickled. Every method raises StoreUnreachable if that refuses."""
 
     def __init__(self, root: Path, address: str) -> None:
         super().__init__(root)
@@ -61,13 +66,23 @@ class RemoteStore(Store):
             raise ValueError(f"{VARIABLE}={mask(self.address)}: {message}; expected such as s3://bucket/folder") from None
         return fs.SubTreeFileSystem(path, files)
 
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Around whatever goes to the remote. Of a network, a server or a right pyarrow raises an OSError whose number says nothing."""
+        try:
+            yield
+        except (FileNotFoundError, StoreUnreachable):
+            raise
+        except OSError as error:
+            raise StoreUnreachable(mask(f"{VARIABLE}={self.address}: {error}")) from error
+
     def has(self, key: str) -> bool:
-        return self._exists(_manifest(key))
+        with self._reaching():
+            return bool(self._remote.get_file_info(_manifest(key)).is_file)
 
     def get(self, key: str) -> Manifest:
         try:
-            with self._remote.open_input_stream(_manifest(key)) as stream:
-                content = stream.read()
+            content = b"".join(self._chunks(_manifest(key)))
         except FileNotFoundError:
             self.manifest_path(key).unlink(missing_ok=True)
             raise KeyError(key) from None
@@ -77,7 +92,8 @@ class RemoteStore(Store):
         from pyarrow import fs
 
         selector = fs.FileSelector("manifests", allow_not_found=True, recursive=True)
-        names = [info.base_name for info in self._remote.get_file_info(selector) if info.is_file]
+        with self._reaching():
+            names = [info.base_name for info in self._remote.get_file_info(selector) if info.is_file]
         yield from sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith("."))
 
     def read(self, manifest: Manifest, name: str) -> Path:
@@ -90,42 +106,46 @@ class RemoteStore(Store):
         return super().read(manifest, name)
 
     def forget(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._reaching():
             self._remote.delete_file(_manifest(key))
         super().forget(key)
 
     def fetch_work(self, key: str) -> None:
-        from pyarrow import fs
-
         folder = self.work_path(key) / "checkpoints"
         if folder.exists() and any(folder.iterdir()):
             return
-        for info in self._remote.get_file_info(fs.FileSelector(f"work/{key}", allow_not_found=True)):
-            if info.is_file:
-                self._download(info.path, folder / info.base_name)
+        for name in self._saved(key):
+            self._download(f"work/{key}/{name}", folder / name)
 
     def save_work(self, key: str) -> None:
-        from pyarrow import fs
-
         folder = self.work_path(key) / "checkpoints"
         here = {path.name: path for path in folder.glob("*") if path.is_file() and not path.name.startswith(".")}
-        there = {
-            info.base_name for info in self._remote.get_file_info(fs.FileSelector(f"work/{key}", allow_not_found=True)) if info.is_file
-        }
+        there = self._saved(key)
         for name in sorted(here.keys() - there):
             with contextlib.suppress(FileNotFoundError):  # the stage has removed it meanwhile: a newer one is there
                 self._upload(here[name], f"work/{key}/{name}")
         for name in there - here.keys():
-            self._remote.delete_file(f"work/{key}/{name}")
+            with self._reaching():
+                self._remote.delete_file(f"work/{key}/{name}")
 
     def drop_work(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._reaching():
             self._remote.delete_dir(f"work/{key}")
+
+    def _saved(self, key: str) -> set[str]:
+        """Names of the checkpoints that the remote has of a run."""
+        from pyarrow import fs
+
+        with self._reaching():
+            found = self._remote.get_file_info(fs.FileSelector(f"work/{key}", allow_not_found=True))
+        return {info.base_name for info in found if info.is_file}
 
     def _put_object(self, source: Path) -> Artifact:
         artifact = super()._put_object(source)
         target = _object(artifact.sha256)
-        if self._remote.get_file_info(target).size != artifact.num_bytes:
+        with self._reaching():
+            is_there = self._remote.get_file_info(target).size == artifact.num_bytes
+        if not is_there:
             self._upload(self.object_path(artifact.sha256), target)
         return artifact
 
@@ -134,27 +154,37 @@ class RemoteStore(Store):
         if not self.has(manifest.key):
             self._upload(self.manifest_path(manifest.key), _manifest(manifest.key))
 
-    def _exists(self, path: str) -> bool:
-        return bool(self._remote.get_file_info(path).is_file)
-
     def _upload(self, source: Path, target: str) -> None:
         """The file appears whole: S3 shows an object when its upload is complete, elsewhere a rename does it."""
         aside = target if self.address.startswith("s3:") else f"{target}.{uuid.uuid4().hex}"
-        self._remote.create_dir(target.rpartition("/")[0], recursive=True)
-        with source.open("rb") as file, self._remote.open_output_stream(aside) as stream:
-            shutil.copyfileobj(file, stream, 2**20)
-        if aside != target:
-            self._remote.move(aside, target)
+        with source.open("rb") as file, self._reaching():
+            self._remote.create_dir(target.rpartition("/")[0], recursive=True)
+            with self._remote.open_output_stream(aside) as stream:
+                shutil.copyfileobj(file, stream, _CHUNK)
+            if aside != target:
+                self._remote.move(aside, target)
 
     def _download(self, source: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            with self._remote.open_input_stream(source) as stream, aside.open("wb") as file:
-                shutil.copyfileobj(stream, file, 2**20)
+            with aside.open("wb") as file:
+                file.writelines(self._chunks(source))
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
+
+    def _chunks(self, source: str) -> Iterator[bytes]:
+        """Bytes of a remote file; an error of whoever takes them is left as it is, such as a full disk here."""
+        with self._reaching():
+            stream = self._remote.open_input_stream(source)
+        with stream:
+            while True:
+                with self._reaching():
+                    chunk = stream.read(_CHUNK)
+                if not chunk:
+                    return
+                yield chunk
 
 
 def _manifest(key: str) -> str:

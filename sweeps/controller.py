@@ -21,9 +21,10 @@ from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import SweepConfig
-from fffsweep.sweeps.executors import Event, Executor, InlineExecutor, of_the_machine
+from fffsweep.sweeps.executors import Event, Executor, InlineExecutor
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.limits import check_fits_here
+from fffsweep.sweeps.patience import Patience, patient
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, load, study_folder
@@ -72,7 +73,7 @@ def run_sweep(
     """Run a sweep, or what is left of it, to its end, or as much of it as `options` say.
 
     Raises ConfigError before anything is started if the study exists with another config, is being driven by another process, the
-    options do not fit, or a stage asks for more than the machine has.
+    options do not fit, or a stage asks for more than the machine has, ConnectionError if the store cannot be reached.
     """
     check_sampler(config)
     options.check(config, executor)
@@ -82,6 +83,7 @@ def run_sweep(
     stored = load(folder)
     check_extends(config, stored)
     check_writable(results)
+    open_store(results / "store").has("any")  # a store that refuses from the start is told of, not waited for
     lease = Lease(folder)
     try:
         return Controller(config, None, results, folder, listener, executor, address, stored, lease, options).run()
@@ -107,7 +109,9 @@ class Controller:
     ) -> None:
         self._config, self._listener, self._lease = config, listener, lease
         self._executor_name, self._address = executor, address
-        self._store = open_store(results / "store")
+        self._patience = Patience(listener.say)
+        self._files = open_store(results / "store")
+        self._store = patient(self._files, self._patience)
         self._record = Record(folder, config, [])
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))
@@ -122,7 +126,7 @@ class Controller:
         self._not_before: dict[str, float] = {}
         self._told: dict[str, str] = {}
         self._num_run = 0
-        self._stopping = self._refused = False
+        self._stopping = False
         self._next_update = 0.0
 
     def run(self) -> Outcome:
@@ -177,8 +181,8 @@ class Controller:
     def _start_executor(self) -> Executor:
         claim = Claim(self._config.name, self._lease.epoch * _RANKS)
         if self._executor_name == "inline":
-            return InlineExecutor(self._store, self._stop_file.exists, self._handle, claim, self._device)
-        return RayExecutor(self._store, self._stop_file, self._address, claim)
+            return InlineExecutor(self._files, self._stop_file.exists, self._handle, claim, self._device)
+        return RayExecutor(self._files, self._stop_file, self._address, claim)
 
     def _open_next(self) -> None:
         """In a part of a sweep, let the next trial begin once the one before has ended."""
@@ -347,7 +351,7 @@ class Controller:
         self._queue_of(key).touch(key)
 
     def _save(self, force: bool = False) -> None:
-        with self._patiently():
+        with self._patience.tolerating():
             self._record.save(force)
         start = time.monotonic()
         if force or start >= self._next_update:  # looking at a whole study costs: at most a twentieth of the time
@@ -361,22 +365,8 @@ class Controller:
         self._told[key] = what
 
     def _event(self, kind: str, **facts: object) -> None:
-        with self._patiently():
+        with self._patience.tolerating():
             self._record.event(kind, **facts)
-
-    @contextlib.contextmanager
-    def _patiently(self) -> Iterator[None]:
-        """Go on while the results folder refuses the record: it is written again and again, and the manifests are the truth."""
-        try:
-            yield
-        except OSError as error:
-            if not of_the_machine(error):
-                raise
-            if not self._refused:
-                self._listener.say(f"results folder: {error}; the record of this study waits until it can be written")
-            self._refused = True
-        else:
-            self._refused = False
 
     def _stop(self) -> None:
         self._stopping = True

@@ -117,9 +117,14 @@ def project(config: SweepConfig, trials: list[TrialState], results: Path, store:
 
 
 def examine(store: Store, key: str) -> tuple[Manifest | None, list[str]]:
-    """A result and what is wrong with it, a line each: it must be readable, be what its key says, and have all of its bytes."""
+    """A result and what is wrong with it, a line each: it must be readable, be what its key says, and have all of its bytes.
+
+    Raises ConnectionError if a remote store cannot be reached.
+    """
     try:
         manifest = store.get(key)
+    except ConnectionError:  # of a store that refuses nothing is known
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else "it is not a manifest"
         return None, [f"manifest {store.manifest_path(key)} is damaged: {reason}"]

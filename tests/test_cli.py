@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fffsweep import cli, doctor
+from fffsweep.pipeline.remote_store import RemoteStore, StoreUnreachable
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import load_config
 from fffsweep.sweeps.graph import build
@@ -186,6 +187,15 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
         monkeypatch.setattr("fffsweep.sweeps.schema.sweep_schema", function)
         with pytest.raises(error):
             cli.main(["schema"])
+
+
+def test_a_store_that_cannot_be_reached_is_one_line(here, monkeypatch, capsys):
+    monkeypatch.setenv("FFFSWEEP_STORE", here.as_uri())
+    monkeypatch.setattr(RemoteStore, "keys", lambda self: (_ for _ in ()).throw(StoreUnreachable("FFFSWEEP_STORE=s3://b: no answer")))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", TINY])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "FFFSWEEP_STORE=s3://b: no answer; mend the address, the keys or the server, then try again\n"
 
 
 def test_a_study_may_be_named_by_its_config(command, monkeypatch):

@@ -1,14 +1,20 @@
 """A store on another file system behaves as one in a folder does, for every machine that opens it; the folder is a cache."""
 
+import errno
 import pickle
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from fffsweep.pipeline.execute import execute
-from fffsweep.pipeline.remote_store import RemoteStore, open_store
+from fffsweep.pipeline.remote_store import RemoteStore, StoreUnreachable, open_store
 from fffsweep.pipeline.stage import StageRun, StopRequested
 from fffsweep.pipeline.stages.noop import Noop
 from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.sweeps.executors import of_the_machine
 
 
 @pytest.fixture
@@ -104,6 +110,121 @@ def test_older_checkpoints_go_on_the_remote_too(machines):
     assert [path.name for path in (two.work_path("k") / "checkpoints").iterdir()] == ["step-3.pt"]
     two.drop_work("k")
     one.drop_work("k")
+
+
+class Refusing:
+    """A file system whose next calls, or reads of a stream, are refused in the words of pyarrow."""
+
+    def __init__(self, files):
+        self._files, self.num_left, self.named = files, 0, False
+
+    def refuse(self):
+        if self.num_left:
+            self.num_left -= 1
+            raise (
+                OSError(5, "Input/output error") if self.named else OSError("AWS Error SLOW_DOWN during PutObject: secret_key=sesame-open")
+            )
+
+    def __getattr__(self, name):
+        def call(*arguments, **named):
+            self.refuse()
+            found = getattr(self._files, name)(*arguments, **named)
+            return BrokenStream(found, self) if name == "open_input_stream" else found
+
+        return call
+
+
+class BrokenStream:
+    def __init__(self, stream, files):
+        self._stream, self._files = stream, files
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._stream.close()
+
+    def read(self, num_bytes):
+        self._files.refuse()
+        return self._stream.read(num_bytes)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["in words", "with a number"])
+def test_a_store_that_refuses_is_the_machine_s_fault_and_keeps_its_secrets(machines, tmp_path, named):
+    store = machines[0]
+    manifest = publish(store, tmp_path)
+    store.__dict__["_remote"] = files = Refusing(store._remote)
+    files.named = named
+    checkpoint = store.work_path("k") / "checkpoints" / "step-1.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("half")
+    artifact = store.object_path(manifest.artifacts["curve.jsonl"].sha256)
+    calls = {
+        "has": lambda: store.has(manifest.key),
+        "get": lambda: store.get(manifest.key),
+        "keys": lambda: list(store.keys()),
+        "read": lambda: (artifact.unlink(missing_ok=True), store.read(manifest, "curve.jsonl")),
+        "publish": lambda: publish(store, tmp_path / "again", seed=1),
+        "save_work": lambda: store.save_work("k"),
+        "fetch_work": lambda: store.fetch_work("another"),
+        "drop_work": lambda: store.drop_work("k"),
+        "forget": lambda: store.forget(manifest.key),
+    }
+    for name, call in calls.items():
+        files.num_left = 1
+        with pytest.raises(StoreUnreachable, match=f"FFFSWEEP_STORE={store.address}: ") as caught:
+            call()
+        assert of_the_machine(caught.value), name
+        assert "sesame" not in str(caught.value)
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        call()  # and it goes on
+    files.num_left = 0
+    assert not store.has(manifest.key)
+
+
+def test_a_download_that_breaks_off_is_told_from_a_full_disk_here(machines, tmp_path, monkeypatch):
+    one, two = machines
+    manifest = publish(one, tmp_path)
+    two.__dict__["_remote"] = files = Refusing(two._remote)
+    chunks = two._chunks
+
+    def breaking(source):
+        found = chunks(source)
+        yield next(found)
+        files.num_left = 1
+        yield from found
+
+    monkeypatch.setattr(two, "_chunks", breaking)
+    with pytest.raises(StoreUnreachable, match="SLOW_DOWN"):
+        two.read(manifest, "curve.jsonl")
+    monkeypatch.setattr(two, "_chunks", chunks)
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left") as caught:
+        two.read(manifest, "curve.jsonl")
+    assert not isinstance(caught.value, ConnectionError)
+
+
+def test_s3_that_denies_access_is_named(tmp_path, monkeypatch):
+    class Deny(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Deny)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    host = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("FFFSWEEP_STORE", f"s3://reader:sesame-open@sweeps/x?endpoint_override={host}&scheme=http&region=us-east-1")
+    try:
+        with pytest.raises(StoreUnreachable, match=r"FFFSWEEP_STORE=s3://reader:\*\*\*@sweeps/x.*ACCESS_DENIED") as caught:
+            open_store(tmp_path).has("0" * 40)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "sesame" not in str(caught.value)
 
 
 def test_the_environment_says_where_it_is(tmp_path, monkeypatch, remote):

@@ -19,10 +19,8 @@ from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.backends import sqlite_url
-from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
-from fffsweep.sweeps.executors import InlineExecutor
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
@@ -327,28 +325,6 @@ def test_a_damaged_artifact_is_made_again(tmp_path, monkeypatch):
     assert (outcome.state, outcome.failed_trials) == ("complete", ())
     assert sorted(Toy.ran) == ["benchmark 1x3", "collect 1x3", "prepare", "pretrain 1x3"]
     assert (store / "objects" / sha256[:2] / sha256).read_text() == "prepare"
-
-
-def test_a_run_that_no_node_can_hold_waits_and_says_so_once(tmp_path, monkeypatch):
-    stop_file, num_waits = study_folder(tmp_path, "toy study") / "stop", []
-
-    class OneNode(InlineExecutor):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.capacity = Capacity((Node(4),))
-
-        def wait(self, timeout_s):
-            num_waits.append(timeout_s)
-            if len(num_waits) == 3:
-                stop_file.touch()
-            return super().wait(timeout_s)
-
-    monkeypatch.setattr("fffsweep.sweeps.controller.InlineExecutor", OneNode)
-    outcome, listener, record = drive(tmp_path, toy=StageLimits(cpus=8))
-    assert (outcome.state, Toy.ran, len(num_waits)) == ("stopped", [], 3)
-    assert {stage["state"] for trial in record["trials"] for stage in trial["stages"]} == {"waiting"}
-    said = "prepare: waits for a larger cluster: it asks for 8 CPUs on one node; nodes there are: 1 with 4 CPUs"
-    assert [line for line in listener.lines if "waits for" in line] == [said]
 
 
 def test_one_driver_at_a_time(tmp_path):

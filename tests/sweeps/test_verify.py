@@ -34,6 +34,16 @@ def test_a_damaged_artifact_is_named_and_its_result_withdrawn(results):
     assert not store.has(manifest.key)
 
 
+def test_a_store_that_cannot_be_reached_withdraws_nothing(results, monkeypatch):
+    store = Store(results / "store")
+    keys = list(store.keys())
+    with monkeypatch.context() as gone:
+        gone.setattr(Store, "get", lambda self, key: (_ for _ in ()).throw(ConnectionError("no answer")))
+        with pytest.raises(ConnectionError, match="no answer"):
+            verify(NAME, results, repair=True)
+    assert list(store.keys()) == keys
+
+
 def test_lost_projections_are_rebuilt(results):
     with sqlite3.connect(results / "mlflow.db") as database:
         database.execute("update runs set status = 'RUNNING' where name = 'pretrain/0'")

@@ -1,0 +1,138 @@
+"""What a driver waits for: a node that can hold a run, a store that refuses for a while. Stages that do nothing, executed inline."""
+
+import errno
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fffsweep.pipeline.remote_store import StoreUnreachable
+from fffsweep.pipeline.stage import Resources
+from fffsweep.pipeline.store import Store
+from fffsweep.sweeps.bench import NUM_STAGES, noop_study
+from fffsweep.sweeps.capacity import Capacity, Node
+from fffsweep.sweeps.controller import Controller
+from fffsweep.sweeps.executors import InlineExecutor
+from fffsweep.sweeps.patience import Patience, patient
+from fffsweep.sweeps.record import Lease, load, study_folder
+from fffsweep.sweeps.strategy import FixedTrials
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch, empty_mlflow, tmp_path):
+    monkeypatch.setattr("fffsweep.sweeps.patience._FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    shutil.copyfile(empty_mlflow, tmp_path / "mlflow.db")
+
+
+class Heard:
+    def __init__(self):
+        self.lines = []
+
+    def update(self, record, num_running):
+        pass
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def drive(folder, cpus_of=lambda stage: 1):
+    """A study of one trial; cpus_of: what a stage run asks for."""
+    config, plans = noop_study(1)
+    plans = [replace(plan, stages=tuple(replace(each, resources=Resources(cpus_of(each))) for each in plan.stages)) for plan in plans]
+    study, heard = study_folder(folder, config.name), Heard()
+    lease = Lease(study)
+    try:
+        outcome = Controller(config, FixedTrials(plans), folder, study, heard, "inline", None, load(study), lease).run()
+    finally:
+        lease.release()
+    return outcome, heard.lines, load(study)
+
+
+def test_a_run_that_no_node_can_hold_waits_and_says_so_once(tmp_path, monkeypatch):
+    num_idle = []
+
+    class OneNode(InlineExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.capacity = Capacity((Node(4),))
+
+        def wait(self, timeout_s):
+            events = super().wait(timeout_s)
+            num_idle.append(not events)
+            if sum(num_idle) == 3:
+                (study_folder(tmp_path, "orchestration") / "stop").touch()
+            return events
+
+    monkeypatch.setattr("fffsweep.sweeps.controller.InlineExecutor", OneNode)
+    outcome, said, record = drive(tmp_path, lambda stage: 8 if stage.label == "benchmark_cpu/0" else 1)
+    assert (outcome.state, outcome.num_run) == ("stopped", NUM_STAGES + 1 - 2)  # all but that one and what reads it
+    states = {stage["label"]: stage["state"] for trial in record["trials"] for stage in trial["stages"]}
+    assert [label for label, state in states.items() if state == "waiting"] == ["benchmark_cpu/0", "collect"]
+    assert [line for line in said if "waits for" in line] == [
+        "benchmark_cpu/0: waits for a larger cluster: it asks for 8 CPUs on one node; nodes there are: 1 with 4 CPUs"
+    ]
+
+
+class Hesitant(Store):
+    """Refuses the first `has` and `forget` of every key, and the `get` after the one that publishing ends with: the driver's."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.asked = Counter()
+
+    def refuse(self, call, key, number):
+        self.asked[call, key] += 1
+        if self.asked[call, key] == number:
+            raise StoreUnreachable(f"FFFSWEEP_STORE=s3://me:sesame@sweeps: AWS Error SLOW_DOWN during {call}")
+
+    def has(self, key):
+        self.refuse("has", key, 1)
+        return super().has(key)
+
+    def get(self, key):
+        self.refuse("get", key, 2)
+        return super().get(key)
+
+    def forget(self, key):
+        self.refuse("forget", key, 1)
+        super().forget(key)
+
+
+def test_a_store_that_refuses_the_driver_is_waited_for(tmp_path, monkeypatch):
+    store = Hesitant(tmp_path / "store")
+    monkeypatch.setattr("fffsweep.sweeps.controller.open_store", lambda root: store)
+    outcome, said, _ = drive(tmp_path)
+    num_runs = NUM_STAGES + 1
+    assert (outcome.state, outcome.failed_trials, outcome.num_run) == ("complete", (), num_runs)
+    assert sum(call == "get" and number > 1 for (call, _), number in store.asked.items()) == num_runs
+    waits = [line for line in said if "AWS Error" in line]
+    assert waits[0] == "result store: FFFSWEEP_STORE=s3://me:***@sweeps: AWS Error SLOW_DOWN during has; the sweep waits for it"
+    assert said.count("result store: it answers again") == len(waits) == 2 * num_runs
+    key = next(store.keys())
+    patient(store, Patience(said.append)).forget(key)
+    assert not store.has(key)
+    assert "during forget; the sweep waits for it" in said[-2]
+
+
+def test_what_the_code_does_wrong_is_not_waited_for():
+    said = []
+    for call in (lambda: Path("/nowhere/at/all").read_text(), lambda: {}["absent"]):
+        with pytest.raises((FileNotFoundError, KeyError)):
+            Patience(said.append).insist("result store", call)
+    assert said == []
+
+
+def test_an_outage_is_told_of_once():
+    refusals = [OSError(errno.ENOSPC, "No space left on device")] * 5
+
+    def call():
+        if refusals:
+            raise refusals.pop()
+        return "written"
+
+    said = []
+    assert Patience(said.append).insist("results folder", call) == "written"
+    assert said == ["results folder: [Errno 28] No space left on device; the sweep waits for it", "results folder: it answers again"]
