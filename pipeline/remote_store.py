@@ -142,16 +142,13 @@ class RemoteStore(Store):
 
     def _put_object(self, source: Path) -> Artifact:
         artifact = super()._put_object(source)
-        target = _object(artifact.sha256)
-        with self._reaching():
-            is_there = self._remote.get_file_info(target).size == artifact.num_bytes
-        if not is_there:
-            self._upload(self.object_path(artifact.sha256), target)
+        self._upload(self.object_path(artifact.sha256), _object(artifact.sha256))  # what is there may be damaged: reading it costs as much
         return artifact
 
     def _put_manifest(self, manifest: Manifest) -> None:
-        super()._put_manifest(manifest)
         if not self.has(manifest.key):
+            self.manifest_path(manifest.key).unlink(missing_ok=True)  # of a result that another machine has withdrawn
+            super()._put_manifest(manifest)
             self._upload(self.manifest_path(manifest.key), _manifest(manifest.key))
 
     def _upload(self, source: Path, target: str) -> None:

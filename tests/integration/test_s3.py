@@ -55,10 +55,11 @@ def test_a_sweep_and_another_machine(sweep_config, servers, tmp_path):
 
     pretrain = next(m for m in map(store.get, store.keys()) if m.run.stage == "pretrain")
     sha256 = pretrain.artifacts["curve.jsonl"].sha256
+    content = store.read(pretrain, "curve.jsonl").read_bytes()
     for local in (one, two):
         (local / "store" / "objects" / sha256[:2] / sha256).unlink(missing_ok=True)
     with store._remote.open_output_stream(f"objects/{sha256[:2]}/{sha256}") as stream:
-        stream.write(b"scribble")
+        stream.write(bytes([content[0] ^ 0xFF]) + content[1:])  # of equal length
     with pytest.raises(DamagedArtifact):
         store.read(pretrain, "curve.jsonl")
     assert any("'curve.jsonl' of pretrain" in problem for problem in verify(sweep_config.name, two).problems)

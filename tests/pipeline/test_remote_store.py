@@ -76,6 +76,35 @@ def test_a_damaged_object_is_fetched_again_or_named(machines, tmp_path, remote):
     assert two.read(one.get(manifest.key), "model/weights").read_bytes() == b"w" * 1000
 
 
+@pytest.mark.parametrize("remaker", [0, 1], ids=["the same machine", "another machine"])
+def test_damage_of_equal_length_is_mended_when_the_result_is_made_again(machines, tmp_path, remote, remaker):
+    manifest = publish(machines[0], tmp_path)
+    sha256 = manifest.artifacts["model/weights"].sha256
+    there = remote / "objects" / sha256[:2] / sha256
+    there.write_bytes(b"w" * 999 + b"x")
+    reader = RemoteStore(tmp_path / "three" / "store", machines[0].address)
+    with pytest.raises(DamagedArtifact, match="damaged"):
+        reader.read(manifest, "model/weights")
+    reader.forget(manifest.key)
+    publish(machines[remaker], tmp_path / "again")
+    assert there.read_bytes() == b"w" * 1000
+    assert reader.read(reader.get(manifest.key), "model/weights").read_bytes() == b"w" * 1000
+
+
+def test_a_manifest_that_another_machine_withdrew_is_not_published_again(machines, tmp_path):
+    one, two = machines
+    first = publish(one, tmp_path)
+    two.forget(first.key)
+    assert one.manifest_path(first.key).exists(), "it does not know yet"
+    output = tmp_path / "other"
+    output.mkdir()
+    (output / "curve.jsonl").write_text("another\n")
+    second = one.publish(first.run, {"x": 2.0}, output, {}, 1.0, 2.0)
+    assert second.metrics == {"x": 2.0}
+    assert two.get(first.key) == second
+    assert Store(one.root).get(first.key) == second
+
+
 def test_another_machine_goes_on_from_a_checkpoint(machines, monkeypatch):
     one, two = machines
     run = StageRun("noop", 1, {"name": "a", "metrics": {}, "pause_s": 0.0}, 0)
