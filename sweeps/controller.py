@@ -5,15 +5,13 @@ Started again on the same study it goes on: what has a manifest is reused, what 
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shlex
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from fffsweep.pipeline.lease import Claim
@@ -29,6 +27,7 @@ from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
 from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, load, study_folder
 from fffsweep.sweeps.slices import InlineOptions, Remainder, Slice
+from fffsweep.sweeps.stopping import ATTEMPT, catching_signals, clear_flags, stop_flag
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
 from fffsweep.sweeps.studies import check_sampler
 from fffsweep.sweeps.verify import examine
@@ -117,7 +116,7 @@ class Controller:
             self._record.created_at = float(str(stored["created_at"]))
         self._device, self._slice = options.device, Slice(options, self._store) if options.is_part else None
         self._ledger = Ledger(config, results, self._store, listener.say)
-        self._stop_file = folder / "stop"
+        self._stop_file = stop_flag(folder, os.environ.get(ATTEMPT))
         self._book = Book(self._store, self._record.trials, durations(stored))
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling)
         self._running: dict[str, Resources] = {}
@@ -133,8 +132,7 @@ class Controller:
         start, changes = time.monotonic(), self._strategy.start()
         if self._slice is not None:
             self._slice.check([plan.spec.id for plan in changes.plans])
-        for left in (self._stop_file, *self._stop_file.parent.glob("yield-*")):
-            left.unlink(missing_ok=True)
+        clear_flags(self._stop_file.parent, os.environ.get(ATTEMPT))
         self._store.tidy()
         self._event("started", executor=self._executor_name)
         self._adopt(changes)
@@ -143,7 +141,7 @@ class Controller:
         if reused:
             self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
         if not self._is_over():
-            with self._catching_signals():
+            with catching_signals(self._stop, lambda: self._stopping):
                 self._drive()
         failed = tuple(trial.plan.spec.id for trial in self._record.trials if trial.state == "failed")
         unfinished = any(trial.state not in ENDED for trial in self._record.trials)
@@ -372,19 +370,3 @@ class Controller:
         self._stopping = True
         self._stop_file.touch()
         self._listener.say("stopping: running stages save their state; the same command goes on from there")
-
-    @contextlib.contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM stages save themselves and the sweep ends resumable; a second signal ends it at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
-                raise KeyboardInterrupt
-            self._stop()
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

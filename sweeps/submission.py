@@ -14,6 +14,7 @@ import shlex
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ import fffsweep
 from fffsweep.sweeps.cluster_auth import use_token
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.record import study_folder
+from fffsweep.sweeps.stopping import ATTEMPT, stop_flag
 
 ADDRESS = "http://127.0.0.1:8265"
 LIMIT_BYTES = 100 * 2**20  # what Ray's dashboard takes
 MAIN = "from fffsweep.cli import main; main()"
 _SHIPPED = ("*.py", "*.so", "*.yaml", "*.json", "*.csv", "*.txt", "*.html", "*.css", "*.js", "*.svg", "*.woff2", "*.cpp", "*.h")
-_STUDY, _RESULTS = "fffsweep.study", "fffsweep.results"
+_STUDY, _RESULTS, _ATTEMPT = "fffsweep.study", "fffsweep.results", "fffsweep.attempt"
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _STOPPED_CODE = "exit code 130"
 _AGENT_S = 120.0
@@ -39,7 +41,10 @@ Code = Literal["ship", "image"]
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at a study on a cluster. state: Ray's word for it, or `STOPPED` where `stop` had it save itself."""
+    """One attempt at a study on a cluster. state: Ray's word for it, or `STOPPED` where `stop` had it save itself.
+
+    attempt: its name among all attempts on all clusters.
+    """
 
     id: str
     study: str
@@ -47,6 +52,7 @@ class Job:
     state: str
     message: str
     started_s: float
+    attempt: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -122,26 +128,46 @@ class Cluster:
     def stop(self, job: Job, grace_s: float) -> Job:
         """Have running stages save themselves and wait for the job's end; what is not done after `grace_s` is killed.
 
-        The flag that stages poll lies in the results folder, which only the cluster may see: a small job sets it.
+        The flag that stages poll lies in the results folder, which only the cluster may see: a small job sets it. It names the job's
+        attempt, so that a driver that has not begun yet finds it, and no later one does. Raises ConfigError if it could not be set.
         """
         if job.is_over:
             return job
-        flag = study_folder(Path(job.results), job.study) / "stop"
-        self._submit_job(entrypoint=f"touch -- {shlex.quote(str(flag))}", metadata={"fffsweep.stops": job.id})
+        flag = stop_flag(study_folder(Path(job.results), job.study), job.attempt)
+        command = f"mkdir -p -- {shlex.quote(str(flag.parent))} && touch -- {shlex.quote(str(flag))}"
+        setter = self._submit_job(entrypoint=command, metadata={"fffsweep.stops": job.id})
         deadline = time.monotonic() + grace_s
         while not (now := self.find(job.id)).is_over and time.monotonic() < deadline:
+            self._check_set(setter, flag, job)
             time.sleep(_POLL_S)
         if not now.is_over:
             self._client.stop_job(job.id)
         return self.find(job.id)
+
+    def _check_set(self, setter: str, flag: Path, job: Job) -> None:
+        details = self._client.get_job_info(setter)
+        if str(getattr(details.status, "value", details.status)) == "FAILED":
+            said = (str(self._client.get_job_logs(setter)).strip().splitlines() or [str(details.message)])[-1]
+            raise ConfigError(
+                f"job {job.id} could not be asked to stop and goes on: {flag} cannot be written on the cluster ({said}); make room or give "
+                "the right to write there, then stop it again, or end it at once with --grace 0"
+            )
 
     def _send(self, study: str, results: Path, options: list[str], folder: Path, code: Code) -> Job:
         if code == "ship":
             pack(folder)
         command = ["cluster", "drive", *options, "--results", str(results), "--address", "auto", "--", study]
         words = ["python", "-P", "-c", MAIN, *command]
-        runtime = {"working_dir": str(folder), "env_vars": {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONUNBUFFERED": "1"}}
-        metadata = {_STUDY: study, _RESULTS: str(results), "fffsweep.code": code, "fffsweep.version": fffsweep.__version__}
+        attempt = uuid.uuid4().hex  # another cluster may give the same id to its job
+        variables = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONUNBUFFERED": "1", ATTEMPT: attempt}
+        runtime = {"working_dir": str(folder), "env_vars": variables}
+        metadata = {
+            _STUDY: study,
+            _RESULTS: str(results),
+            _ATTEMPT: attempt,
+            "fffsweep.code": code,
+            "fffsweep.version": fffsweep.__version__,
+        }
         number = len(self.jobs(study)) + 1
         while True:
             identity = f"{re.sub('[^A-Za-z0-9_.-]', '-', study)}-{number}"
@@ -154,13 +180,12 @@ class Cluster:
                 continue
             return self.find(identity)
 
-    def _submit_job(self, **job: Any) -> None:
-        """Of a cluster that has just been started the dashboard answers before the agents do that start jobs."""
+    def _submit_job(self, **job: Any) -> str:
+        """The job's id. Of a cluster that has just been started the dashboard answers before the agents do that start jobs."""
         deadline = time.monotonic() + _AGENT_S
         while True:
             try:
-                self._client.submit_job(**job)
-                return
+                return str(self._client.submit_job(**job))
             except RuntimeError as error:
                 if "No available agent" not in str(error):
                     raise
@@ -211,7 +236,8 @@ def _job(details: Any) -> Job:
     if state == "FAILED" and _STOPPED_CODE in message:
         state, message = "STOPPED", "saved itself; resume goes on from there"
     metadata = details.metadata
-    return Job(details.submission_id, metadata[_STUDY], metadata[_RESULTS], state, message, (details.start_time or 0) / 1000)
+    started_s = (details.start_time or 0) / 1000
+    return Job(details.submission_id, metadata[_STUDY], metadata[_RESULTS], state, message, started_s, metadata.get(_ATTEMPT))
 
 
 def _refusal(address: str, reason: str) -> str:

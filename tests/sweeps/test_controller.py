@@ -278,6 +278,28 @@ def test_a_stop_request_ends_the_sweep_resumable(tmp_path):
     assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
 
 
+def test_a_flag_for_this_attempt_was_set_before_it_began_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("FFFSWEEP_ATTEMPT", "second")
+    folder = study_folder(tmp_path, "toy study")
+    folder.mkdir(parents=True)
+    for name in ("stop", "stop-first", "stop-second"):
+        (folder / name).touch()
+    outcome, listener, record = drive(tmp_path)
+    assert (outcome.state, record["state"], Toy.ran) == ("stopped", "stopped", [])
+    assert [path.name for path in folder.glob("stop*")] == ["stop-second"]
+    assert sum(line.startswith("stopping: ") for line in listener.lines) == 1
+    monkeypatch.setenv("FFFSWEEP_ATTEMPT", "third")
+    assert drive(tmp_path)[0].state == "complete"
+    assert list(folder.glob("stop*")) == []
+
+
+def test_a_flag_that_names_nobody_is_of_an_earlier_driver(tmp_path):
+    folder = study_folder(tmp_path, "toy study")
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    assert drive(tmp_path)[0].state == "complete"
+
+
 def test_named_trials_run_alone_with_what_they_read_of_others(tmp_path):
     outcome, _, record = drive(tmp_path, layouts=("4x1", "2x2", "1x3"), options=InlineOptions(only=("2x2",)))
     assert Toy.ran == ["prepare", "pretrain 2x2", "pretrain 4x1", "benchmark 2x2", "collect 2x2"]

@@ -11,6 +11,8 @@ import pytest
 import fffsweep
 from fffsweep.sweeps import cluster_auth, submission
 from fffsweep.sweeps.config import ConfigError, SweepConfig
+from fffsweep.sweeps.record import study_folder
+from fffsweep.sweeps.stopping import ATTEMPT, stop_flag
 from fffsweep.sweeps.submission import Cluster, pack
 
 
@@ -51,7 +53,16 @@ class FakeClient:
         if any(job.submission_id == submission_id for job in self.jobs):
             raise RuntimeError(f"job with submission_id {submission_id} already exists")
         details = {"submission_id": submission_id, "metadata": metadata, "entrypoint": entrypoint, "message": ""}
+        details["submission_id"] = submission_id = submission_id or f"raysubmit_{len(self.jobs)}"
+        details["runtime_env"] = runtime_env
         self.jobs.append(SimpleNamespace(status="RUNNING", start_time=1000 * len(self.jobs), **details))
+        return submission_id
+
+    def get_job_info(self, submission_id):
+        return next(job for job in self.jobs if job.submission_id == submission_id)
+
+    def get_job_logs(self, submission_id):
+        return "touch: cannot touch 'stop': Permission denied\n"
 
 
 @pytest.fixture
@@ -110,7 +121,40 @@ def test_stop_sets_the_flag_of_that_study_alone(cluster, tiny_directory_config, 
     job = cluster.submit(named(tiny_directory_config, "../../etc"), tmp_path, code="image")
     cluster._client.stop_job = lambda _: setattr(cluster._client.jobs[0], "status", "STOPPED")
     assert cluster.stop(job, grace_s=0).is_over
-    assert cluster._client.jobs[1].entrypoint == f"touch -- {tmp_path}/studies/%2E.%2F..%2Fetc/stop"
+    study = f"{tmp_path}/studies/%2E.%2F..%2Fetc"
+    assert cluster._client.jobs[1].entrypoint == f"mkdir -p -- {study} && touch -- {study}/stop-{job.attempt}"
+
+
+def test_a_stop_finds_a_driver_that_has_not_begun_and_no_other_one(cluster, tiny_directory_config, tmp_path, monkeypatch):
+    """The first job's driver is still on its way when it is stopped; it was never to begin, and the second one is."""
+    config = named(tiny_directory_config, "a study; sleep 9")
+    monkeypatch.setattr(submission, "_POLL_S", 0.0)
+    cluster._client.stop_job = lambda _: setattr(cluster._client.jobs[0], "status", "STOPPED")
+    first = cluster.submit(config, tmp_path, code="image")
+    cluster.stop(first, grace_s=0)
+    subprocess.run(cluster._client.jobs[1].entrypoint, shell=True, check=True)  # the study's folder is not there yet
+    flag = stop_flag(study_folder(tmp_path, config.name), first.attempt)
+    assert flag.exists()
+    second = cluster.resume(config.name, code="image")
+    variables = [job.runtime_env["env_vars"][ATTEMPT] for job in cluster._client.jobs if job.runtime_env]
+    assert variables == [first.attempt, second.attempt]
+    assert len({*variables, cluster.submit(config, tmp_path, code="image").attempt}) == 3
+    assert not stop_flag(study_folder(tmp_path, config.name), second.attempt).exists()
+
+
+def test_a_flag_that_cannot_be_set_is_told_of_at_once(cluster, tiny_directory_config, tmp_path, monkeypatch):
+    job = cluster.submit(tiny_directory_config, tmp_path, code="image")
+    submit_job = cluster._client.submit_job
+
+    def refused(**job):
+        identity = submit_job(**job)
+        cluster._client.jobs[-1].status = "FAILED"
+        return identity
+
+    monkeypatch.setattr(cluster._client, "submit_job", refused)
+    with pytest.raises(ConfigError, match=r"job tiny-directory-1 could not be asked to stop .*Permission denied\); make room"):
+        cluster.stop(job, grace_s=600)
+    assert cluster.find(job.id).state == "RUNNING"
 
 
 def test_relative_data_paths_are_refused(cluster, tiny_directory_config, tmp_path):
