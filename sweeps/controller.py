@@ -5,12 +5,14 @@ Started again on the same study it goes on: what has a manifest is reused, what 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics, Resources
 from fffsweep.sweeps.book import DONE, ENDED, Book, last_line
 from fffsweep.sweeps.config import SweepConfig
+from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.executors import Event, Executor, InlineExecutor
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.limits import check_fits_here
@@ -118,7 +121,8 @@ class Controller:
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = stop_flag(folder, os.environ.get(ATTEMPT))
         self._book = Book(self._store, self._record.trials, durations(stored))
-        self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling)
+        decisions = Decisions(folder, partial(self._patience.insist, "results folder"))
+        self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling, decisions)
         self._running: dict[str, Resources] = {}
         self._shared, self._alone = (ReadyRuns(self._is_ready, self._resources) for _ in range(2))
         self._attempts: dict[str, int] = defaultdict(int)
@@ -162,7 +166,7 @@ class Controller:
         try:
             while True:
                 self._lease.require()
-                if not self._stopping and self._stop_file.exists():
+                if self._stopping or self._stop_file.exists():
                     self._stop()
                 if not self._stopping:
                     self._adopt(self._strategy.more(self._num_slots(executor)))
@@ -179,7 +183,7 @@ class Controller:
     def _start_executor(self) -> Executor:
         claim = Claim(self._config.name, self._lease.epoch * _RANKS)
         if self._executor_name == "inline":
-            return InlineExecutor(self._files, self._stop_file.exists, self._handle, claim, self._device)
+            return InlineExecutor(self._files, lambda: self._stopping or self._stop_file.exists(), self._handle, claim, self._device)
         return RayExecutor(self._files, self._stop_file, self._address, claim)
 
     def _open_next(self) -> None:
@@ -367,6 +371,9 @@ class Controller:
             self._record.event(kind, **facts)
 
     def _stop(self) -> None:
+        """Have running stages save themselves; asked for again and again, as a full disk may refuse the flag that they poll."""
+        if not self._stopping:
+            self._listener.say("stopping: running stages save their state; the same command goes on from there")
         self._stopping = True
-        self._stop_file.touch()
-        self._listener.say("stopping: running stages save their state; the same command goes on from there")
+        with contextlib.suppress(OSError):
+            self._stop_file.touch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ FILE = "decisions.jsonl"
 
 
 class Decisions:
-    """The decisions of the study in `folder`. One driver writes, whoever likes reads."""
+    """The decisions of the study in `folder`. One driver writes, whoever likes reads.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
-        self._is_whole = False
+    insist: calls a function until it is no longer refused; by default a refusal is raised, and the decision may be written again.
+    """
+
+    def __init__(self, folder: Path, insist: Callable[[Callable[[], None]], None] = lambda call: call()) -> None:
+        self._path, self._insist = folder / FILE, insist
+        self._num_bytes: int | None = None  # of whole lines; what lies behind them was never acted on
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All of them, in order. A last line that a killed driver left unfinished was never acted on and is left out."""
@@ -26,17 +29,17 @@ class Decisions:
 
     def write(self, **decision: Any) -> None:
         """Append one decision and wait until it is on disk."""
+        self._insist(lambda: self._append(f"{json.dumps(decision)}\n".encode()))
+
+    def _append(self, line: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._is_whole:
-            self._drop_unfinished()
-        with self._path.open("a") as file:
-            file.write(json.dumps(decision) + "\n")
+        self._path.touch()
+        if self._num_bytes is None:
+            self._num_bytes = self._path.read_bytes().rfind(b"\n") + 1
+        with self._path.open("r+b") as file:
+            file.truncate(self._num_bytes)
+            file.seek(self._num_bytes)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-
-    def _drop_unfinished(self) -> None:
-        self._is_whole = True
-        if self._path.exists():
-            content = self._path.read_bytes()
-            with self._path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        self._num_bytes += len(line)

@@ -131,7 +131,8 @@ class RayExecutor:
 
     def _have_drained_nodes_saved(self) -> None:
         for node_id in self._ray._private.state.state.get_draining_nodes():
-            yield_path(self._stop_file, node_id).touch()
+            with contextlib.suppress(OSError):  # a full disk: asked again when the nodes are looked at again
+                yield_path(self._stop_file, node_id).touch()
 
 
 _FAULT_OF_FATE: dict[str, Fault] = {"memory": "code", "timeout": "infrastructure", "preempted": "preempted"}

@@ -1,10 +1,13 @@
 """What a driver waits for: a node that can hold a run, a store that refuses for a while. Stages that do nothing, executed inline."""
 
 import errno
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +17,10 @@ from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.bench import NUM_STAGES, noop_study
 from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.controller import Controller
+from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.executors import InlineExecutor
 from fffsweep.sweeps.patience import Patience, patient
+from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.record import Lease, load, study_folder
 from fffsweep.sweeps.strategy import FixedTrials
 
@@ -28,21 +33,33 @@ def impatient(monkeypatch, empty_mlflow, tmp_path):
 
 
 class Heard:
-    def __init__(self):
-        self.lines = []
+    def __init__(self, hear=lambda record: None):
+        self.lines, self._hear = [], hear
 
     def update(self, record, num_running):
-        pass
+        self._hear(record)
 
     def say(self, line):
         self.lines.append(line)
 
 
-def drive(folder, cpus_of=lambda stage: 1):
-    """A study of one trial; cpus_of: what a stage run asks for."""
+def refusing(call, num_refusals, concerned=lambda *arguments: True):
+    """`call` on a full disk that has room after so many refusals, of those that are `concerned`."""
+    left = [OSError(errno.ENOSPC, "No space left on device")] * num_refusals
+
+    def called(*arguments, **named):
+        if concerned(*arguments) and left:
+            raise left.pop()
+        return call(*arguments, **named)
+
+    return called
+
+
+def drive(folder, cpus_of=lambda stage: 1, hear=lambda record: None):
+    """A study of one trial; cpus_of: what a stage run asks for. hear: told of every change."""
     config, plans = noop_study(1)
     plans = [replace(plan, stages=tuple(replace(each, resources=Resources(cpus_of(each))) for each in plan.stages)) for plan in plans]
-    study, heard = study_folder(folder, config.name), Heard()
+    study, heard = study_folder(folder, config.name), Heard(hear)
     lease = Lease(study)
     try:
         outcome = Controller(config, FixedTrials(plans), folder, study, heard, "inline", None, load(study), lease).run()
@@ -125,14 +142,60 @@ def test_what_the_code_does_wrong_is_not_waited_for():
     assert said == []
 
 
+FULL = ["results folder: [Errno 28] No space left on device; the sweep waits for it", "results folder: it answers again"]
+
+
 def test_an_outage_is_told_of_once():
-    refusals = [OSError(errno.ENOSPC, "No space left on device")] * 5
-
-    def call():
-        if refusals:
-            raise refusals.pop()
-        return "written"
-
     said = []
-    assert Patience(said.append).insist("results folder", call) == "written"
-    assert said == ["results folder: [Errno 28] No space left on device; the sweep waits for it", "results folder: it answers again"]
+    assert Patience(said.append).insist("results folder", refusing(lambda: "written", 5)) == "written"
+    assert said == FULL
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_a_decision_that_a_full_disk_refused_is_written_once(tmp_path, monkeypatch, kept):
+    """kept: share of its line that is on disk all the same."""
+    config, _ = noop_study(1)
+    study, heard = study_folder(tmp_path, config.name), Heard()
+    lease = Lease(study)
+    decisions = Controller(config, None, tmp_path, study, heard, "inline", None, None, lease)._strategy._decisions
+    decisions.write(trial="a", promoted=1)
+    whole = (study / "decisions.jsonl").stat().st_size
+
+    def sync(descriptor):
+        os.ftruncate(descriptor, int(whole * (1 + kept)))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    syncs = iter([sync] * 3)
+    monkeypatch.setattr("fffsweep.sweeps.decisions.os.fsync", lambda descriptor: next(syncs, lambda _: None)(descriptor))
+    decisions.write(trial="b", promoted=1)
+    decisions.write(trial="c", promoted=1)
+    lease.release()
+    assert heard.lines == FULL
+    assert [each["trial"] for each in Decisions(study).read()] == ["a", "b", "c"]
+
+
+def test_a_stop_that_a_full_disk_refuses_is_heeded_all_the_same(tmp_path, monkeypatch):
+    signals = [signal.SIGTERM]
+
+    def stop(record):
+        if signals and any(stage.state == "complete" for trial in record.trials for stage in trial.stages):
+            os.kill(os.getpid(), signals.pop())
+
+    monkeypatch.setattr(Path, "touch", refusing(Path.touch, 1, lambda path, *more: path.name == "stop"))
+    outcome, said, _ = drive(tmp_path, hear=stop)
+    assert outcome.state == "stopped"
+    assert 0 < outcome.num_run < NUM_STAGES + 1
+    assert sum(line.startswith("stopping: ") for line in said) == 1
+    assert (study_folder(tmp_path, "orchestration") / "stop").exists()  # set when there was room
+
+
+def test_a_drained_node_is_asked_again_if_the_disk_was_full(tmp_path, monkeypatch):
+    executor = RayExecutor.__new__(RayExecutor)
+    draining = SimpleNamespace(get_draining_nodes=lambda: {"node-7": 0})
+    executor._ray = SimpleNamespace(_private=SimpleNamespace(state=SimpleNamespace(state=draining)))
+    executor._stop_file = tmp_path / "stop"
+    monkeypatch.setattr(Path, "touch", refusing(Path.touch, 1))
+    executor._have_drained_nodes_saved()
+    assert not (tmp_path / "yield-node-7").exists()
+    executor._have_drained_nodes_saved()
+    assert (tmp_path / "yield-node-7").exists()
