@@ -37,7 +37,7 @@ class FloatRange(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> FloatRange:
-        _check_range(self.low, self.high, self.step if self.step != 1 else None, self.log)
+        _check_range(self.low, self.high, self.step, self.log)
         return self
 
     def values(self) -> list[Any]:

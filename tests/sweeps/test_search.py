@@ -136,6 +136,14 @@ def test_controls_for_every_layout_follow_a_searched_layout(tmp_path):
             "layouts: [4x3]\nsearch: {space: {stages.pretrain.clip: {type: float, low: 0, high: 1, log: true}}}",
             "search.space.stages.pretrain.clip: low=0 with log",
         ),
+        (
+            "layouts: [4x3]\nsearch: {space: {stages.pretrain.clip: {type: float, low: 1, high: 9, log: true, step: 1}}}",
+            "search.space.stages.pretrain.clip: step=1 with log: expected one of the two; leave one out",
+        ),
+        (
+            "layouts: [4x3]\nsearch: {space: {stages.pretrain.batch_size: {type: int, low: 8, high: 64, log: true, step: 8}}}",
+            "search.space.stages.pretrain.batch_size: step=8 with log: expected one of the two; leave one out",
+        ),
         ("layouts: [4x3]\nsearch: {space: {stages.pretrain.clip: {type: flaot, low: 0, high: 1}}}", "search.space.stages.pretrain.clip"),
         ("layouts: [4x3]\nsearch: {space: {stages.pretrain.clip: [1, 1]}}", "search.space.stages.pretrain.clip: choices: 1 is given twice"),
         (
