@@ -73,6 +73,17 @@ def test_the_rayjob_asks_for_a_token_and_its_versions_are_ours():
     assert int(drain) < pod["terminationGracePeriodSeconds"]
 
 
+def test_times_that_the_rayjob_s_head_plans_can_be_taken_on_its_node_for_timings():
+    """The number of processors and the names of GPUs are part of what times are filed under."""
+    cluster = rayjob()["spec"]["rayClusterSpec"]
+    bench = next(group for group in cluster["workerGroupSpecs"] if group["groupName"] == "bench")
+    asked = [group["template"]["spec"]["containers"][0]["resources"] for group in (cluster["headGroupSpec"], bench)]
+    for each in asked:
+        assert each["requests"] == each["limits"]  # else the pod gets no processors of its own, and sees all of its node
+    head, timed = ({name: amount for name, amount in each["limits"].items() if name != "memory"} for each in asked)
+    assert head == timed
+
+
 def test_the_file_for_ray_up_is_one_by_ray_s_own_schema():
     spec = importlib.util.find_spec("ray")
     schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())

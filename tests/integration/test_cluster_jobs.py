@@ -119,8 +119,8 @@ def test_nobody_without_the_token_gets_in(head: Head, tmp_path: Path) -> None:
     assert token.read_text() not in said
 
 
-def test_the_head_listens_on_this_machine_alone(head: Head) -> None:
-    """The dashboard and the port that nodes join at; without --host nothing of them can be reached from elsewhere."""
+def test_the_dashboard_listens_on_this_machine_alone(head: Head) -> None:
+    """Without --host jobs cannot be sent from elsewhere; the port that nodes join at Ray opens on every interface."""
     port = int(head.address.rpartition(":")[2])
     listening = [
         connection.laddr
