@@ -286,6 +286,8 @@ class Controller:
         if retry and event.damaged_key is not None:
             self._withdraw(event.damaged_key)
         if retry:
+            if event.fault == "infrastructure":
+                self._store.has(event.key)  # an outage of the store is waited for here and costs one try, not all of them
             self._say_once(event.key, f"{last_line(event.message)}; trying again")
             wait_s = 0 if event.fault == "preempted" else _RETRY_WAIT_S * 2 ** max(0, self._attempts[event.key] - 1)
             self._not_before[event.key] = time.monotonic() + min(wait_s, 60.0)

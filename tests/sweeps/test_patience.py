@@ -134,6 +134,36 @@ def test_a_store_that_refuses_the_driver_is_waited_for(tmp_path, monkeypatch):
     assert "during forget; the sweep waits for it" in said[-2]
 
 
+class Outage(Store):
+    """From the first publication on it refuses twenty calls: the one under way, and more than a run has tries."""
+
+    num_left: int | None = None
+
+    def refuse(self):
+        if self.num_left:
+            self.num_left -= 1
+            raise StoreUnreachable("AWS Error NETWORK_CONNECTION")
+
+    def has(self, key):
+        self.refuse()
+        return super().has(key)
+
+    def _put_manifest(self, manifest):
+        self.num_left = 20 if self.num_left is None else self.num_left
+        self.refuse()
+        super()._put_manifest(manifest)
+
+
+def test_an_outage_of_the_store_costs_a_run_one_try(tmp_path, monkeypatch):
+    store = Outage(tmp_path / "store")
+    monkeypatch.setattr("fffsweep.sweeps.controller.open_store", lambda root: store)
+    outcome, said, record = drive(tmp_path)
+    assert (outcome.state, outcome.failed_trials, store.num_left) == ("complete", (), 0)
+    (prepare,) = (stage for trial in record["trials"] for stage in trial["stages"] if stage["label"] == "prepare")
+    assert prepare["attempts"] == 2
+    assert said.count("result store: AWS Error NETWORK_CONNECTION; the sweep waits for it") == 1
+
+
 def test_what_the_code_does_wrong_is_not_waited_for():
     said = []
     for call in (lambda: Path("/nowhere/at/all").read_text(), lambda: {}["absent"]):
