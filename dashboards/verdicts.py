@@ -69,6 +69,8 @@ def decidability(view: StudyView) -> Decidability:
     if gap.interval is None:
         return Decidability(False, f"{shown}, and one replicate gives no interval to judge that by: mechanics are shown, not quality")
     shown += f" [{gap.interval[0]:+.2f}, {gap.interval[1]:+.2f}]"
+    if gap.p_value is None:
+        return Decidability(False, f"{shown}: the same in all replicates, so nothing tells its spread: mechanics are shown, not quality")
     if _answer(gap, gap.p_value) != "yes":
         return Decidability(False, f"{shown}: not surely above it, so mechanics are shown, not quality")
     return Decidability(True, shown)
@@ -159,8 +161,10 @@ def _answer(gap: Difference, p_value: float | None) -> str:
 
 
 def _confidence(gap: Difference, p_value: float | None) -> str:
-    if p_value is None:
+    if gap.interval is None:
         return "one replicate in common: no interval"
+    if p_value is None:
+        return f"no test: the difference is the same in all {gap.num_replicates} replicates, which tells nothing of its spread"
     shown = "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
     return f"p {shown} (Holm), {gap.num_replicates} replicates"
 

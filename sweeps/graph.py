@@ -129,7 +129,9 @@ class Graph:
     def _finetunings(self, spec: TrialSpec, pretrain: PlannedStage, replicate: int) -> list[PlannedStage]:
         config, inputs = self._config, {"prepare": self._prepare.run.key, "pretrain": pretrain.run.key}
         return [
-            self._planned(f"finetune/{replicate}/{task}/{number}", "finetune", settings, number, inputs, replicate)
+            self._planned(
+                f"finetune/{replicate}/{task}/{number}", "finetune", settings, finetuning_seed(replicate, number), inputs, replicate
+            )
             for task in config.task_names
             for settings in [self._finetuning(task, spec.point)]
             for number in range(config.seeds.finetune)
@@ -155,6 +157,16 @@ class Graph:
             self._known[name, id(settings)] = settings, stage_run(name, settings), get_stage(name).resources(settings)
         _, run, resources = self._known[name, id(settings)]
         return PlannedStage(label, run.again(seed, inputs or {}), resources, replicate)
+
+
+def finetuning_seed(replicate: int, number: int) -> int:
+    """Seed of a replicate's finetuning `number`: another one for each, so that replicates of one unchanged encoder differ too.
+
+    The same in all trials, which pairs them. Counted along diagonals (Cantor's pairing), so it does not depend on how many of either
+    a study has: more seeds leave those that are there as they are.
+    """
+    diagonal = replicate + number
+    return diagonal * (diagonal + 1) // 2 + number
 
 
 def build(config: SweepConfig, specs: list[TrialSpec]) -> list[TrialPlan]:

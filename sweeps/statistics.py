@@ -24,6 +24,7 @@ Interval = tuple[float, float]
 CONFIDENCE = 0.95
 _ENUMERATED = 7  # replicates; C(13, 7) = 1,716 resamples
 _DRAWN = 4000
+_ROUNDING = 2.0**-48  # of a difference beside its terms: 0.9 - 0.8 and 0.8 - 0.7 are equal, means of some dozen scores as well
 _REMEMBERED = 50_000  # comparisons: a page of a running study makes the same ones again, all but those of its newest trial
 
 
@@ -120,7 +121,8 @@ def t_quantile(probability: float, degrees: int) -> float:
 class Difference:
     """Mean of paired differences over the replicates. `interval` and `p_value` are None where one replicate leaves nothing to compare.
 
-    p_value: two-sided paired t test; 0 if all differences are equal and not zero, 1 if all are zero.
+    p_value: two-sided paired t test; 1 if all differences are zero, None if all are equal and not zero: without spread there is nothing
+    to judge them by, for a few coarse scores agree by chance and replicates that share all their seeds agree by construction.
     """
 
     mean: float
@@ -134,17 +136,19 @@ def difference(ours: Sequence[float], theirs: Sequence[float] | float) -> Differ
     others = [theirs] * len(ours) if isinstance(theirs, int | float) else theirs
     if len(others) != len(ours):
         raise ValueError(f"{len(ours)} values against {len(others)}: expected pairs, one of each for every replicate")
-    return _mean_difference(tuple(float(mine) - float(other) for mine, other in zip(ours, others, strict=True)))
+    gaps = tuple(float(mine) - float(other) for mine, other in zip(ours, others, strict=True))
+    return _mean_difference(gaps, _ROUNDING * max(map(abs, (*ours, *others)), default=0.0))
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def _mean_difference(values: tuple[float, ...]) -> Difference:
+def _mean_difference(values: tuple[float, ...], rounding: float) -> Difference:
+    """`rounding`: a standard deviation up to that is none."""
     count, mean = len(values), math.fsum(values) / len(values)
     if count < 2:
         return Difference(mean, None, None, count)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    if deviation == 0:
-        p_value = 1.0 if mean == 0 else 0.0
+    if deviation <= rounding:
+        p_value: float | None = 1.0 if abs(mean) <= rounding else None
     else:
         p_value = 2 * (1 - t_cdf(abs(mean) / deviation * math.sqrt(count), count - 1))
     return Difference(mean, mean_interval(values), p_value, count)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from fffsweep.dashboards.pages import Query, compare_page
 from fffsweep.dashboards.picks import picks
 from fffsweep.dashboards.queries import QUALITY, REL_TIME, load_study
+from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import NOT_DECIDABLE, UNDECIDED, claims, decidability
 
 
@@ -51,6 +53,35 @@ def test_answers_agree_with_their_intervals(whole):
         for finding in claim.findings:
             low, high = finding.difference.interval
             assert finding.answer in {"yes" if low > 0 else "", "no" if high < 0 else "", UNDECIDED}
+
+
+@pytest.fixture
+def alike(generated, tmp_path, monkeypatch):
+    """A study whose replicates all scored the same."""
+    generated.generate(tmp_path, "alike")
+    replicates = TrialView.replicates
+
+    def equal(trial, metric):
+        found = replicates(trial, metric)
+        return dict.fromkeys(found, min(found.values(), default=0.0))
+
+    monkeypatch.setattr(TrialView, "replicates", equal)
+    return load_study(tmp_path, "alike")
+
+
+def test_replicates_that_do_not_differ_decide_nothing(alike):
+    judged = decidability(alike)
+    assert not judged.decidable
+    assert "the same in all replicates" in judged.reason
+    findings = [finding for claim in claims(alike) for finding in claim.findings]
+    assert len(findings) > 5
+    assert all(finding.confidence.startswith("no test: the difference is the same in all 3 replicates") for finding in findings)
+
+
+def test_comparing_trials_whose_replicates_do_not_differ_shows_no_star(alike):
+    table = compare_page(alike, Query({"trial": ["512x0", "1x8"]}))["metrics"]
+    assert len(table) > 3
+    assert not [cell for row in table for cell in row if "p < " in cell or "*" in cell]
 
 
 def test_picks_satisfy_their_constraint(whole):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fffsweep.sweeps.config import ConfigError, load_config
+from fffsweep.sweeps.confirm import confirming
 from fffsweep.sweeps.conversion import check_encoder
 from fffsweep.sweeps.graph import build
 from fffsweep.sweeps.plan import make_plan
@@ -76,6 +77,44 @@ def test_seeds_pair_the_trials(graph):
     assert {stages["finetune/0/stsb/0"].run.seed for stages in graph.values()} == {0}
 
 
+def finetuning_seeds(graph):
+    """Seed by trial and label."""
+    labelled = {trial: {name: stage for name, stage in stages.items() if stage.run.stage == "finetune"} for trial, stages in graph.items()}
+    return {trial: {name: stage.run.seed for name, stage in stages.items()} for trial, stages in labelled.items()}
+
+
+def test_every_finetuning_of_a_trial_has_a_seed_of_its_own_and_all_trials_have_the_same():
+    for overrides in ("seeds={pretrain: 3, finetune: 1}", "seeds={pretrain: 4, finetune: 3}"):
+        found = finetuning_seeds(graph_of(overrides))
+        first = next(iter(found.values()))
+        assert len(found) > 1
+        assert all(seeds == first for seeds in found.values())
+        of_one_task = [seed for name, seed in first.items() if name.split("/")[2] == "stsb"]
+        assert len(set(of_one_task)) == len(of_one_task) > 2
+
+
+def test_more_seeds_of_either_kind_leave_the_runs_that_are_there():
+    before, after = (keys_of(graph_of(f"seeds={{pretrain: {p}, finetune: {f}}}")) for p, f in ((2, 2), (5, 4)))
+    collected = {stages["collect"].run.key for stages in graph_of("seeds={pretrain: 2, finetune: 2}").values()}
+    assert before - collected < after
+    assert len(before - collected) > 20
+
+
+def test_fresh_seeds_of_a_pick_finetune_with_seeds_that_the_choice_did_not_see():
+    config = load_config(TINY, ["seeds={pretrain: 2, finetune: 3}"])
+    study = {"name": config.name, "config": config.resolved(), "trials": [{"layout": "4x3"}]}
+    chosen = next(spec for spec in expand(config) if spec.id == "4x3")
+    trial = {"id": "4x3", "layout": "4x3", "params": {}, "controls": [], "model": chosen.model.resolved()}
+    again = confirming(study, trial, 2, 2)
+    plans = {plan.spec.id: {stage.label: stage for stage in plan.stages} for plan in build(again, expand(again))}
+    seeds = finetuning_seeds(plans)["4x3"]
+    known = finetuning_seeds(graph_of("seeds={pretrain: 2, finetune: 3}"))["4x3"]
+    assert {name: seeds[name] for name in known} == known
+    fresh = {seed for name, seed in seeds.items() if name not in known}
+    assert len(fresh) == 2 * 3
+    assert not fresh & set(known.values())
+
+
 def test_a_timing_owns_its_node_and_belongs_to_its_machine(graph):
     benchmark = graph["4x3"]["benchmark_cpu/0"]
     assert benchmark.resources.exclusive
@@ -143,6 +182,7 @@ def test_conversions_share_one_reading_and_controls_without_training_need_none(t
         by_label = {stage.label: stage.run for stage in plan.stages}
         assert by_label["finetune/1/stsb/0"].inputs["pretrain"] == by_label["convert/1"].key
         assert set(by_label["collect"].inputs) == {"convert/0", "convert/1", "finetune/0/stsb/0", "finetune/1/stsb/0"}
+        assert by_label["finetune/0/stsb/0"].seed != by_label["finetune/1/stsb/0"].seed, "the encoder of both may be the same"
     assert plans["unchanged"].spec.model.feedforward.active_width == 30
     make_plan(config, tmp_path / "results")
 

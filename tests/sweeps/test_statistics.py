@@ -100,9 +100,14 @@ def test_paired_test_is_the_t_test(pairs):
     assert difference(ours, theirs).p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=1e-9)
 
 
-def test_equal_differences():
-    assert difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]).p_value == 0.0
+def test_equal_differences_are_not_tested():
+    """Their spread is unknown, not zero: two coarse scores, or replicates with all seeds in common, would else pass for certain."""
+    for ours, theirs in [([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]), ([0.9, 0.8], [0.8, 0.7]), ([81.4] * 3, [79.2] * 3)]:
+        assert difference(ours, theirs).p_value is None
+        assert difference(theirs, ours).p_value is None
     assert difference([2.0, 3.0], [2.0, 3.0]).p_value == 1.0
+    assert difference([0.1 + 0.2, 0.3], [0.3, 0.1 + 0.2]).p_value == 1.0, "of order of the rounding"
+    assert 0 < difference([1.0, 1.0 + 1e-9], [0.0, 0.0]).p_value < 1e-8
     assert difference([2.0, 4.0], 1.0).mean == 2.0
 
 
