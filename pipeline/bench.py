@@ -125,6 +125,7 @@ def _train(case: TrainingCase, phase: str, name: str, pipe: Connection) -> None:
     import torch
 
     from fffsweep.pipeline import optimisation
+    from fffsweep.pipeline.memory import peak_rss_bytes
 
     torch.set_num_threads(case.threads)
     with optimisation.reproducible(0):
@@ -150,7 +151,7 @@ def _train(case: TrainingCase, phase: str, name: str, pipe: Connection) -> None:
             number += 1
             pipe.send(step(number))
         device_bytes = torch.cuda.max_memory_allocated() if case.device == "cuda" else None
-        pipe.send({"peak_rss_bytes": optimisation.peak_rss_bytes(), "peak_device_bytes": device_bytes})
+        pipe.send({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": device_bytes})
 
 
 def _pretraining(case: TrainingCase, name: str) -> tuple[Any, PretrainRecipe, Batch]:

@@ -23,6 +23,7 @@ from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.encoders import converted, feedforward_halves, load_encoder
 from fffsweep.pipeline.feedforward import auxiliary_loss
+from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
 from fffsweep.pipeline.variants import make_feedforward
@@ -52,7 +53,7 @@ def convert(config: ConvertConfig, context: StageContext) -> Metrics:
         model.save_pretrained(context.output / "model")
         data.tokenizer().save_pretrained(context.output / "model")
     metrics["params/total"] = sum(each.numel() for each in model.parameters())
-    return metrics | {"params/feedforward": _feedforward_parameters(model), "memory/peak_rss_bytes": optimisation.peak_rss_bytes()}
+    return metrics | {"params/feedforward": _feedforward_parameters(model)} | memory_metrics(context.device)
 
 
 @dataclass

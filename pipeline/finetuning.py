@@ -18,6 +18,7 @@ from fffsweep.pipeline.checkpoint import Checkpoints
 from fffsweep.pipeline.data.prepared import PreparedData, Split
 from fffsweep.pipeline.encoders import classifier_inputs, load_classifier
 from fffsweep.pipeline.glue import is_complete
+from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.metrics import baseline, decide, scores
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
@@ -183,7 +184,7 @@ class Finetuning:
         if self.config.keep_weights:
             with optimisation.quiet_transformers():
                 self.model.save_pretrained(output / "model")
-        return metrics
+        return metrics | memory_metrics(self.context.device)
 
     def _write_predictions(self, split: str, predictions: NDArray[Any]) -> None:
         """`predictions/<split>.tsv` as the GLUE server takes it: index and prediction, a class by its name where it has one."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.utils.deterministic
 from torch import nn
+
+from fffsweep.pipeline.memory import reset_peaks
 
 
 class AdamSettings(Protocol):
@@ -177,19 +178,20 @@ def prepare_cublas() -> None:
 
 @contextlib.contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Torch seeded, deterministic algorithms alone; as it was afterwards."""
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    """One run's surroundings: torch seeded, deterministic algorithms alone, peaks of memory counted from here; as it was afterwards."""
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     prepare_cublas()
+    reset_peaks()
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # every buffer is written before it is read; filling costs time
+    filling.fill_uninitialized_memory = False  # every buffer is written before it is read; filling costs time
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]
 
 
 def rng_state(device: str) -> dict[str, Any]:
@@ -207,11 +209,6 @@ def restore_rng(state: dict[str, Any], device: str) -> None:
 def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 products under `bf16`, nothing otherwise."""
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

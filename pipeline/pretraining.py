@@ -20,6 +20,7 @@ from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.energy import EnergyMeter
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.masking import MaskedBatch, Masking, Reading, unigram_loss
+from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
 from fffsweep.pipeline.portable import load_state, save_state
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
@@ -57,7 +58,8 @@ def pretrain_to_rung(config: RungConfig, context: StageContext) -> Metrics:
         shutil.copytree(branch, context.output / "state")
         (context.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.at.curve))
         tokens = run.at.sequences * run.corpus.shape[1]
-        return {"mlm/validation_loss": loss, "mlm/validation_accuracy": accuracy, "mlm/tokens": tokens, "time/train_s": run.at.elapsed_s}
+        metrics = {"mlm/validation_loss": loss, "mlm/validation_accuracy": accuracy, "mlm/tokens": tokens, "time/train_s": run.at.elapsed_s}
+        return metrics | memory_metrics(context.device)
 
 
 @dataclass
@@ -276,8 +278,8 @@ class Pretraining:
             "ff/active_width": self.config.model.feedforward.active_width,
             "time/train_s": at.elapsed_s,
             "time/tokens_per_s": at.sequences * self.corpus.shape[1] / at.elapsed_s,
-            "memory/peak_rss_bytes": optimisation.peak_rss_bytes(),
         }
+        metrics |= memory_metrics(self.context.device)
         metrics |= {f"energy/{kind}_joules": joules for kind, joules in self._energy().items()}
         return metrics | self._tree_health()
 

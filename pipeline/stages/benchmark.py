@@ -75,6 +75,7 @@ class BenchmarkCpu:
         "pipeline/leaf_trees.py",
         "pipeline/variants.py",
         "pipeline/optimisation.py",
+        "pipeline/memory.py",
         "pipeline/data/prepared.py",
         "pipeline/tasks.py",
         "kernels/*.py",

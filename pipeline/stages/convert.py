@@ -112,7 +112,7 @@ class Convert:
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ConvertConfig
 

@@ -62,7 +62,7 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
         "pipeline/encoders.py",

@@ -22,6 +22,7 @@ MODEL_SOURCES = (  # of every stage that trains a model
     "pipeline/leaf_trees.py",
     "pipeline/variants.py",
     "pipeline/optimisation.py",
+    "pipeline/memory.py",
     "pipeline/schedules.py",
     "pipeline/data/prepared.py",
     "pipeline/tasks.py",
@@ -98,7 +99,7 @@ class Pretrain:
     """Artifacts: `model/` (transformers folder with the tokenizer), `curve.jsonl`, and `tree_health.json` for layers with trees."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/energy.py",

@@ -39,7 +39,7 @@ def config_of(task="pair", **fields):
 
 
 def run(config, context):
-    return {name: value for name, value in Finetune().run(config, context).items() if not name.startswith("time/")}
+    return {name: value for name, value in Finetune().run(config, context).items() if not name.startswith(("time/", "memory/"))}
 
 
 def test_a_classification_is_learned_and_reported(context, tiny_data):
