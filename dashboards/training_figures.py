@@ -84,6 +84,7 @@ CURVE_TITLES = {
     "accuracy": "training accuracy",
     "tokens_per_s": "tokens a second",
     "learning_rate": "learning rate",
+    "penalty": "penalty beside the loss",
     "grad_norm": "norm of the gradient",
 }
 CURVES = tuple(CURVE_TITLES)

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fffsweep.pipeline.feedforward import FeedForwardLayer
-from fffsweep.pipeline.model import FffConfig, FffForSequenceClassification, with_auxiliary
+from fffsweep.pipeline.model import FffConfig, FffForSequenceClassification, PenalisedClassifier, with_penalty
 from fffsweep.pipeline.model_settings import FeedForward
 from fffsweep.pipeline.variants import make_feedforward
 
@@ -110,10 +110,7 @@ class ConvertedForSequenceClassification(BertForSequenceClassification):
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> SequenceClassifierOutput:
-        output: SequenceClassifierOutput = super().forward(*args, **kwargs)
-        if output.loss is not None:
-            output.loss = with_auxiliary(output.loss, self)
-        return output
+        return with_penalty(PenalisedClassifier(**super().forward(*args, **kwargs)), self)
 
 
 AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig, exist_ok=True)

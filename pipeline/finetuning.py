@@ -20,6 +20,7 @@ from fffsweep.pipeline.encoders import classifier_inputs, load_classifier
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.metrics import baseline, decide, scores
+from fffsweep.pipeline.model import loss_parts
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 
@@ -39,11 +40,12 @@ def finetune(config: FinetuneConfig, context: StageContext) -> Metrics:
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside weights, optimiser and random numbers. losses: of the steps of the current epoch."""
+    """What a checkpoint holds beside weights, optimiser and random numbers. losses, penalties: of the current epoch's steps."""
 
     step: int = 0
     elapsed_s: float = 0.0
     losses: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -97,7 +99,7 @@ class Finetuning:
             begun = time.monotonic()
             loss, rate = self._step(at.step / total)
             at.step += 1
-            self.guard.check(at.step, loss)
+            self.guard.check(at.step, loss, *at.penalties[-1:])
             now = time.monotonic()
             at.elapsed_s += now - begun
             at.losses.append(loss)
@@ -113,7 +115,7 @@ class Finetuning:
                 self.save()
 
     def _step(self, spent: float) -> tuple[float, float]:
-        """One step of the optimiser: loss, learning rate."""
+        """One step of the optimiser, by the gradients of loss and penalty: loss, learning rate."""
         config = self.config
         epoch, place = divmod(self.at.step, self.steps_per_epoch)
         order = np.random.Generator(np.random.Philox(key=[self.context.seed, epoch])).permutation(self.rows)
@@ -122,9 +124,12 @@ class Finetuning:
         train = self.splits["train"]
         labels = torch.from_numpy(np.asarray(train.labels)[chosen]).to(self.context.device)
         with optimisation.autocast(config.precision, self.context.device):
-            loss = self.model(**self._padded(train, chosen), labels=labels).loss
-        loss.backward()
+            output = self.model(**self._padded(train, chosen), labels=labels)
+        output.loss.backward()
         optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
+        loss, penalty = loss_parts(output)
+        if penalty is not None:
+            self.at.penalties.append(float(penalty.detach()))
         return float(loss.detach()), rate
 
     def _padded(self, split: Split, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -135,11 +140,13 @@ class Finetuning:
     def _close_epoch(self, rate: float) -> None:
         at = self.at
         row = {"step": at.step, "epoch": at.step // self.steps_per_epoch, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
+        if at.penalties:
+            row["penalty"] = sum(at.penalties) / len(at.penalties)
         if len(self.splits["selection"]):
             self.selection_logits = self.predict(self.splits["selection"])
             predictions = decide(self.task, self.selection_logits)
             row |= {f"selection/{name}": value for name, value in scores(self.task, predictions, self.splits["selection"].labels).items()}
-        at.losses = []
+        at.losses, at.penalties = [], []
         at.curve.append(row)
 
     @torch.no_grad()
@@ -166,6 +173,8 @@ class Finetuning:
             "data/bad_rows": self.context.input_metrics.get("prepare", {}).get("data/bad_rows", 0.0),
             "data/complete": float(self.config.max_rows is None and is_complete(self.task, self.splits)),
         }
+        if "penalty" in at.curve[-1]:
+            metrics["train/penalty"] = at.curve[-1]["penalty"]
         primary: dict[str, list[float]] = {}
         constant = baseline(self.task, np.asarray(self.splits["train"].labels)[self.rows])
         for name, split in self.splits.items():

@@ -8,7 +8,8 @@ makes the classes known to AutoConfig and AutoModel*.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,30 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from fffsweep.pipeline.feedforward import FeedForwardLayer, auxiliary_loss
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.variants import make_feedforward
+
+
+@dataclass
+class PenalisedMaskedLM(MaskedLMOutput):
+    """`loss` is `task_loss` and `penalty` together; both are None where layers leave no penalty, as in evaluation."""
+
+    task_loss: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+@dataclass
+class PenalisedClassifier(SequenceClassifierOutput):
+    """As `PenalisedMaskedLM`."""
+
+    task_loss: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+Output = TypeVar("Output", PenalisedMaskedLM, PenalisedClassifier)
 
 
 class FffConfig(PreTrainedConfig):
@@ -208,7 +229,7 @@ class FffForMaskedLM(FffPreTrainedModel):
             labels = labels[positions]
         logits = self.decoder(x.flatten(0, 1).index_select(0, positions))
         loss = functional.cross_entropy(logits.float(), labels)
-        return MaskedLMOutput(loss=with_auxiliary(loss, self), logits=logits)
+        return with_penalty(PenalisedMaskedLM(loss=loss, logits=logits), self)
 
 
 class FffForSequenceClassification(FffPreTrainedModel):
@@ -243,13 +264,21 @@ class FffForSequenceClassification(FffPreTrainedModel):
             loss = functional.mse_loss(logits.float().squeeze(1), labels.float())
         else:
             loss = functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=with_auxiliary(loss, self), logits=logits)
+        return with_penalty(PenalisedClassifier(loss=loss, logits=logits), self)
 
 
-def with_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
-    """`loss` with the penalties that the last training forward left in the layers of `model`."""
+def with_penalty(output: Output, model: nn.Module) -> Output:
+    """`output` with the penalties that the last training forward left in the layers of `model` in its loss, the two parts beside it."""
     penalty = auxiliary_loss(model)
-    return loss if penalty is None else loss + penalty
+    if penalty is not None and output.loss is not None:
+        output["task_loss"], output["penalty"], output["loss"] = output.loss, penalty, output.loss + penalty
+    return output
+
+
+def loss_parts(output: ModelOutput) -> tuple[Tensor, Tensor | None]:
+    """What the task asks of the model, and the penalty or None: `output.loss` is their sum, which the gradients are of."""
+    penalty = output.get("penalty")
+    return (output["loss"], None) if penalty is None else (output["task_loss"], penalty)
 
 
 def _sinusoids(length: int, hidden: int) -> Tensor:

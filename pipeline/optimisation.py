@@ -141,7 +141,7 @@ def apply_gradients(model: nn.Module, optimizer: Optimizer, learning_rate: float
 
 
 class LossGuard:
-    """Stops a run whose loss is NaN or infinite, or whose smoothed loss rises `limit` nats above its lowest.
+    """Stops a run whose loss or penalty is NaN or infinite, or whose smoothed loss rises `limit` nats above its lowest.
 
     Smoothing is an exponential mean over about twenty steps.
     """
@@ -150,10 +150,11 @@ class LossGuard:
         self.limit = limit
         self.smooth = self.lowest = math.inf
 
-    def check(self, step: int, loss: float) -> None:
-        """Raises DivergedError."""
-        if not math.isfinite(loss):
-            raise DivergedError(f"step {step}: the loss is {loss}; nothing is published; lower learning_rate or clip, or take float32")
+    def check(self, step: int, loss: float, penalty: float = 0.0) -> None:
+        """Raises DivergedError. The penalty must be finite and no more: it may rise while the model learns."""
+        if not math.isfinite(loss + penalty):
+            name, value = ("penalty", penalty) if math.isfinite(loss) else ("loss", loss)
+            raise DivergedError(f"step {step}: the {name} is {value}; nothing is published; lower learning_rate or clip, or take float32")
         self.smooth = loss if math.isinf(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.lowest = min(self.lowest, self.smooth)
         if self.smooth > self.lowest + self.limit:

@@ -21,7 +21,7 @@ from fffsweep.pipeline.energy import EnergyMeter
 from fffsweep.pipeline.feedforward import FeedForwardLayer
 from fffsweep.pipeline.masking import MaskedBatch, Masking, Reading, unigram_loss
 from fffsweep.pipeline.memory import memory_metrics
-from fffsweep.pipeline.model import FffConfig, FffForMaskedLM
+from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, loss_parts
 from fffsweep.pipeline.portable import load_state, save_state
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.pretrain import PretrainConfig
@@ -66,9 +66,9 @@ def pretrain_to_rung(config: RungConfig, context: StageContext) -> Metrics:
 class Progress:
     """Everything of a run that a checkpoint holds beside weights, optimiser, guard and random numbers.
 
-    energy_joules: by kind, before the attempt that goes on from here. window: losses since the last row of the curve; window_s: seconds
-    spent on them; window_hits, window_asked: masked tokens guessed right, and all of them; elapsed_s: seconds of training, evaluations
-    not counted.
+    energy_joules: by kind, before the attempt that goes on from here. window: losses since the last row of the curve, penalties left out;
+    window_penalties: these, if layers leave any; window_s: seconds spent on the steps; window_hits, window_asked: masked tokens guessed
+    right, and all of them; elapsed_s: seconds of training, evaluations not counted.
     """
 
     step: int = 0
@@ -77,6 +77,7 @@ class Progress:
     elapsed_s: float = 0.0
     energy_joules: dict[str, float] = field(default_factory=dict)
     window: list[float] = field(default_factory=list)
+    window_penalties: list[float] = field(default_factory=list)
     window_s: float = 0.0
     window_sequences: int = 0
     window_hits: float = 0.0
@@ -145,7 +146,7 @@ class Pretraining:
         while (spent := self._spent()) < until:
             begun = time.monotonic()
             loss, norm, rate = self._step(spent)
-            self.guard.check(at.step, loss)
+            self.guard.check(at.step, loss, *at.window_penalties[-1:])
             now = time.monotonic()
             stop = False
             if workers.rank() == 0 and now - asked > STOP_POLL_S:
@@ -172,20 +173,24 @@ class Pretraining:
         return at.elapsed_s / config.wall_clock_s
 
     def _step(self, spent: float) -> tuple[float, float, float]:
-        """One step of the optimiser: loss, norm of the gradient, learning rate."""
-        config, at, total, hits, asked = self.config, self.at, 0.0, 0, 0
+        """One step of the optimiser, by the gradients of loss and penalty: loss, norm of the gradient, learning rate."""
+        config, at, total, penalties, hits, asked = self.config, self.at, 0.0, list[float](), 0, 0
         rate = config.learning_rate * self._rate_factor(spent)
         micro_batches = self._micro_batches(spent)
         for index in range(micro_batches):
             if index % workers.count() == workers.rank():
                 batch = self.masking.apply(self.reading.rows(at.sequences, self.micro_batch), self.context.seed, at.sequences)
-                mean, logits = self._read(batch)
-                loss = mean / micro_batches
-                loss.backward()
-                total += float(loss.detach())
-                hits, asked = hits + _hits(logits, batch), asked + len(batch.labels)
+                output = self._read(batch)
+                (output.loss / micro_batches).backward()
+                loss, penalty = loss_parts(output)
+                total += float(loss.detach() / micro_batches)
+                if penalty is not None:
+                    penalties.append(float(penalty.detach() / micro_batches))
+                hits, asked = hits + _hits(output.logits, batch), asked + len(batch.labels)
             at.sequences += self.micro_batch
-        total, all_hits, all_asked = workers.sum_gradients(self.model, total, hits, asked)
+        total, penalty_sum, all_hits, all_asked = workers.sum_gradients(self.model, total, sum(penalties), hits, asked)
+        if penalties:
+            at.window_penalties.append(penalty_sum)
         at.window_hits, at.window_asked = at.window_hits + all_hits, at.window_asked + all_asked
         norm = optimisation.apply_gradients(self.model, self.optimizer, rate, config.clip)
         at.step += 1
@@ -203,12 +208,11 @@ class Pretraining:
             return full
         return max(1, math.ceil(full * spent / self.config.batch_ramp))
 
-    def _read(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """Loss, and logits of the asked positions."""
+    def _read(self, batch: MaskedBatch) -> Any:
+        """The model's output: `loss` with penalties, and `logits` of the asked positions."""
         inputs, positions, labels = (torch.from_numpy(each).to(self.context.device) for each in batch)
         with optimisation.autocast(self.config.precision, self.context.device):
-            output = self.forward(input_ids=inputs, positions=positions, labels=labels)
-        return output.loss, output.logits
+            return self.forward(input_ids=inputs, positions=positions, labels=labels)
 
     def _log(self, norm: float, rate: float) -> None:
         """Add a row to the curve if one is due, with an evaluation if one is due."""
@@ -225,7 +229,10 @@ class Pretraining:
             "grad_norm": norm,
             "tokens_per_s": (at.sequences - at.window_sequences) * length / at.window_s,
         }
-        at.window, at.window_s, at.window_hits, at.window_asked, at.window_sequences = [], 0.0, 0.0, 0.0, at.sequences
+        if at.window_penalties:
+            row["penalty"] = sum(at.window_penalties) / len(at.window_penalties)
+        at.window, at.window_penalties, at.window_s, at.window_hits, at.window_asked = [], [], 0.0, 0.0, 0.0
+        at.window_sequences = at.sequences
         if due > at.evaluated:
             at.evaluated = due
             row["validation_loss"], row["validation_accuracy"] = self.validate()
@@ -247,9 +254,9 @@ class Pretraining:
         self.model.eval()
         loss, hits, asked = 0.0, 0, 0
         for batch in self.validation:
-            mean, logits = self._read(batch)
-            loss += float(mean) * len(batch.labels)
-            hits += _hits(logits, batch)
+            output = self._read(batch)
+            loss += float(output.loss) * len(batch.labels)
+            hits += _hits(output.logits, batch)
             asked += len(batch.labels)
         self.model.train()
         return loss / asked, hits / asked
@@ -279,6 +286,8 @@ class Pretraining:
             "time/train_s": at.elapsed_s,
             "time/tokens_per_s": at.sequences * self.corpus.shape[1] / at.elapsed_s,
         }
+        if "penalty" in last:
+            metrics["mlm/train_penalty"] = last["penalty"]
         metrics |= memory_metrics(self.context.device)
         metrics |= {f"energy/{kind}_joules": joules for kind, joules in self._energy().items()}
         return metrics | self._tree_health()

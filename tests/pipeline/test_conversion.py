@@ -145,7 +145,9 @@ def test_what_is_converted_can_be_finetuned(name, encoder, context):
     tuned = context("tuned")
     tuned.inputs["pretrain"] = here.output
     settings = FinetuneConfig(task="pair", epochs=1, batch_size=8, learning_rate=1e-3, keep_weights=True)
-    assert 0 <= Finetune().run(settings, tuned)["validation/primary"] <= 1
+    found = Finetune().run(settings, tuned)
+    assert 0 <= found["validation/primary"] <= 1
+    assert ("train/penalty" in found) == (name == "original")
     kept = AutoModelForSequenceClassification.from_pretrained(tuned.output / "model")
     assert isinstance(kept, ConvertedForSequenceClassification) == (name != "unchanged")
 

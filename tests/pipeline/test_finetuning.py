@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fffsweep.pipeline import finetuning
+from fffsweep.pipeline import finetuning, optimisation
 from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.finetuning import Finetuning
 from fffsweep.pipeline.glue import is_complete
@@ -100,6 +100,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(context, monkeypatch):
     resumed.resume()
     assert resumed.at.step == 14
     assert run(config_of(), again) == expected
+
+
+@pytest.mark.parametrize("layer", [{"variant": "original_fff", "depth": 2}, {"variant": "fff", "depth": 2, "load_balancing": 9.0}])
+def test_a_penalty_is_trained_on_and_stands_beside_the_loss(layer, new_context, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 16}
+    FffForMaskedLM(FffConfig(**sizes, feedforward=layer)).save_pretrained(tmp_path / "model")
+    config = config_of(epochs=1, learning_rate=1e-9)  # the weights stay where they are
+    whole = new_context("whole", inputs={"pretrain": tmp_path})
+    metrics = run(config, whole)
+    row = json.loads((whole.output / "curve.jsonl").read_text())
+    assert metrics["train/loss"] == row["loss"] == pytest.approx(np.log(2), abs=0.1)
+    assert metrics["train/penalty"] == row["penalty"] > 0.1
+
+    tuned = Finetuning(config_of(dropout=0.0), new_context("step", inputs={"pretrain": tmp_path}))
+    tuned.model.train()
+    gradients = []
+    monkeypatch.setattr(optimisation, "apply_gradients", lambda model, *_: gradients.extend(p.grad.clone() for p in model.parameters()))
+    loss, _ = tuned._step(0.5)
+    tuned.model.zero_grad()
+    rows = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(tuned.rows)[:8]
+    output = tuned.model(**tuned._padded(tuned.splits["train"], rows), labels=torch.from_numpy(tuned.splits["train"].labels[rows]))
+    assert loss == output.task_loss.item()
+    assert tuned.at.penalties == [output.penalty.item()]
+    (output.task_loss + output.penalty).backward()
+    assert gradients
+    assert all(torch.equal(own, p.grad) for own, p in zip(gradients, tuned.model.parameters(), strict=True))
 
 
 def test_max_rows_keeps_the_same_rows_for_every_seed(context):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fffsweep.pipeline import optimisation, pretraining, schedules
-from fffsweep.pipeline.model_settings import ModelSettings
+from fffsweep.pipeline.feedforward import auxiliary_loss
+from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.optimisation import DivergedError, LossGuard
 from fffsweep.pipeline.pretraining import Pretraining
 from fffsweep.pipeline.stage import StopRequested
@@ -88,7 +89,7 @@ def test_equal_runs_are_equal_to_the_bit(name, new_context):
     assert curve_of(other) != curve_of(first)
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("dense", "adamw"), ("fff", "adamw"), ("fff", "muon")])
+@pytest.mark.parametrize(("name", "optimizer"), [("dense", "adamw"), ("fff", "adamw"), ("fff", "muon"), ("original", "adamw")])
 def test_a_stopped_run_goes_on_to_the_same_bits(name, optimizer, new_context, monkeypatch):
     config = config_of(name, optimizer=optimizer, dropout=0.1, log_every=4, micro_batch_size=4, batch_ramp=0.5)
     whole = new_context("whole")
@@ -148,6 +149,56 @@ def test_accumulation_is_the_mean_over_micro_batches(new_context):
     assert norm == pytest.approx(expected.item(), rel=1e-5)
 
 
+PENALISED = {
+    "original": {"variant": "original_fff", "trees": 2, "depth": 2, "leaf_width": 3},  # as weighed by default
+    "balanced": {"variant": "fff", "trees": 2, "depth": 3, "load_balancing": 9.0},
+}
+
+
+def penalised(name, **recipe):
+    config = config_of(**recipe)
+    model = config.model.model_copy(update={"feedforward": FeedForward.model_validate(PENALISED[name])})
+    return config.model_copy(update={"model": model})
+
+
+@pytest.mark.parametrize("name", PENALISED)
+def test_a_penalty_is_trained_on_and_stands_beside_the_loss(name, new_context):
+    config = penalised(name, micro_batch_size=4, clip=1e9)
+    run, again = Pretraining(config, new_context("run")), Pretraining(config, new_context("again"))
+    again.model.load_state_dict(run.model.state_dict())
+    losses, penalties = [], []
+    for position in (0, 4):  # by hand: the layers' penalties taken out of them
+        batch = again.masking.apply(again.reading.rows(position, 4), 0, position)
+        ids, positions, labels = map(torch.from_numpy, batch)
+        encoded = again.model.encoder(ids).last_hidden_state
+        losses.append(torch.nn.functional.cross_entropy(again.model.decoder(encoded.flatten(0, 1)[positions]), labels))
+        penalties.append(auxiliary_loss(again.model))
+    loss, penalty = torch.stack(losses).mean(), torch.stack(penalties).mean()
+    (loss + penalty).backward()
+    expected = torch.stack([each.grad.norm() for each in again.model.parameters()]).norm()
+    found, norm, _ = run._step(0.5)
+    # float32 sums in another order
+    assert found == pytest.approx(loss.item(), rel=1e-6)
+    assert run.at.window_penalties == [pytest.approx(penalty.item(), rel=1e-6)]
+    assert penalty.item() > 0.1
+    assert norm == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PENALISED)
+def test_figures_and_guard_know_the_loss_without_penalties(name, new_context, monkeypatch):
+    seen, check = [], LossGuard.check
+    monkeypatch.setattr(LossGuard, "check", lambda guard, *figures: (seen.append(figures), check(guard, *figures)))
+    context = new_context()
+    metrics = Pretrain().run(penalised(name), context)
+    curve = curve_of(context)
+    assert curve[0]["loss"] == pytest.approx(np.log(96), abs=0.5)
+    assert seen == [(row["step"], row["loss"], row["penalty"]) for row in curve]
+    assert (metrics["mlm/train_loss"], metrics["mlm/train_penalty"]) == (curve[-1]["loss"], curve[-1]["penalty"])
+    plain = new_context("plain")
+    assert "mlm/train_penalty" not in Pretrain().run(config_of("fff"), plain)
+    assert "penalty" not in curve_of(plain)[0]
+
+
 def test_the_batch_ramps_up(new_context):
     context = new_context()
     run(config_of(tokens=100 * 16, batch_size=8, micro_batch_size=2, batch_ramp=0.6), context)
@@ -178,12 +229,14 @@ def test_bf16_stays_near_float32(name, new_context):
 
 
 @pytest.mark.integration
-def test_compiled_follows_eager(new_context):
+@pytest.mark.parametrize("name", ["fff", "original"])
+def test_compiled_follows_eager(name, new_context):
     eager, compiled = new_context("eager"), new_context("compiled")
-    run(config_of(learning_rate=4e-3), eager)
-    run(config_of(learning_rate=4e-3, compile=True), compiled)
-    difference = np.subtract(*([row["loss"] for row in curve_of(context)] for context in (eager, compiled)))
-    assert np.abs(difference).max() < 1e-4
+    run(config_of(name, learning_rate=4e-3), eager)
+    run(config_of(name, learning_rate=4e-3, compile=True), compiled)
+    for figure in ("loss", "penalty") if name == "original" else ("loss",):
+        difference = np.subtract(*([row[figure] for row in curve_of(context)] for context in (eager, compiled)))
+        assert np.abs(difference).max() < 1e-4
 
 
 def test_a_loss_that_runs_away_stops_the_run(new_context):
@@ -192,7 +245,9 @@ def test_a_loss_that_runs_away_stops_the_run(new_context):
         Pretrain().run(config_of("dense", steps=400, learning_rate=1e6, schedule="constant", clip=1e9), context)
     assert list(context.output.iterdir()) == []
     guard = LossGuard(1.0)
-    guard.check(1, 5.0)
+    guard.check(1, 5.0, penalty=100.0)
+    with pytest.raises(DivergedError, match="step 2: the penalty is inf"):
+        guard.check(2, 5.0, float("inf"))
     with pytest.raises(DivergedError, match="step 2: the loss is nan"):
         guard.check(2, float("nan"))
     for step in range(13):  # smoothed to 7 - 2 * 0.95**13, 0.97 above 5
