@@ -5,9 +5,12 @@ Everything is computed in the dtype of the tokens, which may be wider than that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.shape import TreeShape, child
@@ -47,23 +50,50 @@ def gather(
 ) -> Tensor:
     """CMM by gathering the visited rows; tokens go along `paths` [tokens, trees, levels] where given, else along their own.
 
-    Shapes as `fffsweep.kernels.cmm.cmm`. Memory: a chunk of tokens holds twice its active rows.
+    Shapes as `fffsweep.kernels.cmm.cmm`. Memory: the active rows of a chunk of tokens, in training too; for the backward a few
+    numbers are kept of each active node of each token.
     """
     act = activation_of(activation).apply
     tokens = x.reshape(-1, x.shape[-1])
     visited = _own_paths(tokens, w_in, b_in, shape) if paths is None else _checked(paths, tokens.shape[0], shape)
-    flat_in, flat_out = w_in.reshape(-1, w_in.shape[-1]), w_out.reshape(-1, w_out.shape[-1])
-    rows = _rows(visited, shape).flatten(1)
-    pieces = []
-    step = max(1, CHUNK_ELEMENTS // (shape.active_width * tokens.shape[-1]))
-    for start in range(0, max(1, tokens.shape[0]), step):  # no tokens are one empty chunk, so that gradients exist
-        chunk_rows = rows[start : start + step]
-        chunk = tokens[start : start + step]
-        logits = torch.bmm(functional.embedding(chunk_rows, flat_in).to(x.dtype), chunk.unsqueeze(2)).squeeze(2)
-        if b_in is not None:
-            logits = logits + b_in.reshape(-1)[chunk_rows]
-        pieces.append(torch.bmm(act(logits).unsqueeze(1), functional.embedding(chunk_rows, flat_out).to(x.dtype)).squeeze(1))
-    return torch.cat(pieces).to(x.dtype).reshape(x.shape)  # autocast may have narrowed it
+    logits = visited_logits(tokens, w_in, b_in, shape, visited)
+    return visited_sum(act(logits), w_out, shape, visited).to(x.dtype).reshape(x.shape)
+
+
+def visited_logits(x: Tensor, w_in: Tensor, b_in: Tensor | None, shape: TreeShape, visited: Tensor) -> Tensor:
+    """Logits of the nodes `visited` [tokens, trees, levels], of its shape; x [tokens, hidden]. The backward gathers the rows anew."""
+    flat_in, rows = w_in.reshape(-1, w_in.shape[-1]), _rows(visited, shape).flatten(1)
+
+    def products(tokens: Tensor, chunk: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(functional.embedding(chunk, weight).to(tokens.dtype), tokens.unsqueeze(2)).squeeze(2)
+
+    step = _chunk(shape, x)
+    logits = torch.cat([_not_kept(products, *parts, flat_in) for parts in zip(x.split(step), rows.split(step), strict=True)])
+    return (logits if b_in is None else logits + b_in.reshape(-1)[rows]).view(visited.shape)
+
+
+def visited_sum(values: Tensor, w_out: Tensor, shape: TreeShape, visited: Tensor) -> Tensor:
+    """Rows of w_out of the nodes `visited`, weighed by `values`, summed: [tokens, hidden]. The backward gathers the rows anew."""
+    flat_out, flat, rows = w_out.reshape(-1, w_out.shape[-1]), values.flatten(1), _rows(visited, shape).flatten(1)
+
+    def sums(weights: Tensor, chunk: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(weights.unsqueeze(1), functional.embedding(chunk, weight).to(weights.dtype)).squeeze(1)
+
+    step = _chunk(shape, w_out)
+    return torch.cat([_not_kept(sums, *parts, flat_out) for parts in zip(flat.split(step), rows.split(step), strict=True)])
+
+
+def _chunk(shape: TreeShape, like: Tensor) -> int:
+    """Tokens whose active rows, as long as those of `like`, fit CHUNK_ELEMENTS."""
+    return max(1, CHUNK_ELEMENTS // (shape.active_width * like.shape[-1]))
+
+
+def _not_kept(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """form(*tensors); for its backward it is computed once more, so that nothing that it makes is kept until then."""
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        y: Tensor = checkpoint(form, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return y
+    return form(*tensors)
 
 
 def masked(

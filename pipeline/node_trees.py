@@ -16,6 +16,8 @@ from fffsweep.kernels.shape import TreeShape, child
 from fffsweep.pipeline.feedforward import Fan, FeedForwardLayer
 from fffsweep.pipeline.model_settings import FeedForward
 
+_NODES_FOR_ONE = {"cpu": 32, "cuda": 512}  # see NodeTrees._is_whole
+
 
 class NodeTrees(FeedForwardLayer):
     """w_in, w_out [trees, nodes, hidden]; b_in [trees, nodes] or None; output_bias [hidden] or None.
@@ -45,15 +47,23 @@ class NodeTrees(FeedForwardLayer):
             return self._dense(x)
         weights = (self.w_in, self.b_in, self.w_out, self.shape, settings.activation)
         if settings.variant == "random_routing":
-            # on a GPU a product of every node costs less than moving the gathered rows, except in very deep trees
-            whole = settings.execution == "masked" or (x.device.type == "cuda" and self.shape.width <= 512 * self.shape.active_width)
-            form = torch_forms.masked if whole else torch_forms.gather
+            form = torch_forms.masked if self._is_whole(x) else torch_forms.gather
             return form(x, *weights, paths=self.paths(x, token_ids))
         if settings.routing_gradient != "none" or (settings.load_balancing and self.training):
             return self._with_decisions(x)
         if settings.execution == "masked":
             return torch_forms.masked(x, *weights)
         return cmm(x, *weights)
+
+    def _is_whole(self, x: Tensor) -> bool:
+        """Whether every node is computed where no kernel will do: a product of all costs less than gathering the rows of some.
+
+        A gathered row is moved for each token that needs it and used once; rows of a product are used by all tokens. On one thread of a
+        CPU a gathered node took as long as forty others, hidden 128, forward and backward (8x8: 57 to one, gathered in two thirds of the
+        time; 16x7: 32 to one, in one and a half times). On a GPU the bound is by arithmetic, not by measurement.
+        """
+        most = _NODES_FOR_ONE["cuda" if x.device.type == "cuda" else "cpu"]
+        return self.settings.execution == "masked" or self.shape.width <= most * self.shape.active_width
 
     def paths(self, x: Tensor, token_ids: Tensor) -> Tensor:
         if self.settings.variant == "random_routing":
@@ -80,15 +90,13 @@ class NodeTrees(FeedForwardLayer):
         shape, tokens = self.shape, x.reshape(-1, x.shape[-1])
         flat_in, flat_out = self.w_in.flatten(0, 1), self.w_out.flatten(0, 1)
         bias = None if self.b_in is None else self.b_in.flatten()
-        masked = self.settings.execution == "masked"
-        if masked:
+        whole = self._is_whole(x)
+        if whole:
             visited = torch_forms.masked_paths(tokens, self.w_in, self.b_in, shape)
             logits = functional.linear(tokens, flat_in, bias).view(-1, shape.trees, shape.nodes).gather(2, visited)
         else:
             visited = torch_forms.paths(tokens, self.w_in, self.b_in, shape)
-            rows = visited + shape.nodes * torch.arange(shape.trees, device=x.device).view(-1, 1)
-            logits = torch.einsum("th,tklh->tkl", tokens, functional.embedding(rows, flat_in))
-            logits = logits if bias is None else logits + bias[rows]
+            logits = torch_forms.visited_logits(tokens, self.w_in, self.b_in, shape, visited)
         decisions = logits[..., :-1]
         right = visited[..., 1:] == child(visited[..., :-1], torch.ones_like(decisions))
         values = activation_of(self.settings.activation).apply(logits)
@@ -100,10 +108,10 @@ class NodeTrees(FeedForwardLayer):
             values = torch.cat([values[..., :1], values[..., 1:] * gates], dim=2)
         if self.settings.load_balancing and self.training:
             self.auxiliary = self.settings.load_balancing * imbalance(decisions, right, visited[..., :-1], shape)
-        if masked:
+        if whole:
             full = torch.zeros(len(tokens), shape.trees, shape.nodes, dtype=values.dtype, device=x.device)
             return (full.scatter(2, visited, values).flatten(1) @ flat_out).to(x.dtype).reshape(x.shape)
-        return torch.einsum("tkl,tklh->th", values, functional.embedding(rows, flat_out)).to(x.dtype).reshape(x.shape)
+        return torch_forms.visited_sum(values, self.w_out, shape, visited).to(x.dtype).reshape(x.shape)
 
 
 def imbalance(decisions: Tensor, right: Tensor, nodes: Tensor, shape: TreeShape) -> Tensor:

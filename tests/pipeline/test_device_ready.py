@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffsweep.kernels import cmm as public
-from fffsweep.pipeline import optimisation
+from fffsweep.pipeline import node_trees, optimisation
 from fffsweep.pipeline.pretraining import Pretraining
 from tests.pipeline.test_pretraining import VARIANTS, config_of
 
@@ -62,6 +62,23 @@ def test_nothing_is_made_on_another_device_than_the_model_s(name, implementation
     gradients = [each.grad for each in run.model.parameters()]
     assert gradients
     assert all(each is not None and each.device.type == "meta" for each in gradients)
+
+
+@pytest.mark.parametrize("name", ["straight", "random"])
+def test_rows_are_gathered_there_as_well(name, new_context, monkeypatch):
+    """As in layouts with many nodes for one that is used; the backward gathers them again."""
+    monkeypatch.setitem(node_trees._NODES_FOR_ONE, "cpu", 1)
+    run = Pretraining(config_of(name, dropout=0.1), new_context())
+    with optimisation.reproducible(0), Watch() as watch:
+        loss_of(run).backward()
+    assert "embedding_dense_backward" in watch.seen
+    assert "bmm" in watch.seen
+    assert not watch.seen & REFUSED
+    run.model.to("meta")
+    run.context.device = "meta"
+    run.optimizer.zero_grad()
+    loss_of(run).backward()
+    assert all(each.grad is not None and each.grad.device.type == "meta" for each in run.model.parameters())
 
 
 def test_random_numbers_of_another_kind_of_device_are_left_alone():

@@ -7,6 +7,7 @@ import torch
 
 from fffsweep.kernels import torch_forms
 from fffsweep.kernels.shape import TreeShape
+from fffsweep.pipeline import memory, node_trees
 from fffsweep.pipeline.feedforward import auxiliary_loss
 from fffsweep.pipeline.model_settings import FeedForward
 from fffsweep.pipeline.node_trees import hashed_paths, imbalance
@@ -32,6 +33,23 @@ STRAIGHT = {
     "straight_cmm": {"variant": "fff", "trees": 2, "depth": 3, "routing_gradient": "straight_through"},
     "straight_masked": {"variant": "fff", "trees": 2, "depth": 3, "routing_gradient": "straight_through", "execution": "masked"},
 }
+
+# Shapes as small as these are computed whole, unless a single node for one used is more than is worth it.
+GATHERED = {
+    "random_gathered": {"variant": "random_routing", "trees": 2, "depth": 3},
+    "fff_balanced_gathered": {"variant": "fff", "trees": 2, "depth": 3, "load_balancing": 0.3},
+    "straight_gathered": {"variant": "fff", "trees": 2, "depth": 3, "routing_gradient": "straight_through"},
+}
+VARIANTS |= {name: GATHERED[name] for name in ("random_gathered", "fff_balanced_gathered")}
+STRAIGHT |= {"straight_gathered": GATHERED["straight_gathered"]}
+
+
+@pytest.fixture(autouse=True)
+def gathered(request, monkeypatch):
+    """Have variants of that name gather, a few tokens at a time."""
+    if "gathered" in request.node.name:
+        monkeypatch.setitem(node_trees._NODES_FOR_ONE, "cpu", 1)
+        monkeypatch.setattr(torch_forms, "CHUNK_ELEMENTS", 4 * 8 * HIDDEN)
 
 
 def layer_of(fields, dtype=torch.float64, seed=0):
@@ -134,6 +152,53 @@ def test_straight_through_gradients_are_those_of_the_soft_choice(name):
     torch.testing.assert_close(gradient, numeric, rtol=1e-6, atol=1e-8)
     plain = layer_of({**STRAIGHT[name], "routing_gradient": "none"})
     assert (torch.autograd.functional.jacobian(lambda x: plain(x, ids), x) - gradient).abs().max() > 1e-3
+
+
+WIDE = {"trees": 96, "depth": 1}  # 1.5 nodes for one that is used
+DEEP = {"trees": 1, "depth": 11}  # 341
+NEED_ROWS = [
+    {"variant": "random_routing"},
+    {"variant": "fff", "routing_gradient": "straight_through"},
+    {"variant": "fff", "load_balancing": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", NEED_ROWS, ids=["random", "straight", "balanced"])
+@pytest.mark.parametrize("layout", [WIDE, DEEP], ids=["wide", "deep"])
+def test_training_keeps_no_rows_of_weights_for_each_token(layout, fields):
+    """What autograd keeps, exactly: a few numbers for each active or, computed whole, each node of a token; a row has HIDDEN of them."""
+    layer = make_feedforward(FeedForward.model_validate({**fields, **layout}), 128, layer=0)
+    layer.reset(0.02)
+    x, ids, kept = torch.randn(512, 128, requires_grad=True), torch.arange(512), {}
+
+    def keep(each):
+        kept[each.untyped_storage().data_ptr()] = each
+        return each
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
+        y = layer(x, ids)
+        penalty = auxiliary_loss(layer)
+    own = {each.untyped_storage().data_ptr() for each in (x, *layer.parameters())}
+    held = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in own)
+    active = layer.shape.active_width
+    assert 0 < held <= 512 * 128 * active
+    (y.sum() if penalty is None else y.sum() + penalty).backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not (memory.PROCESS / "clear_refs").exists(), reason="only Linux sets the mark of a process back")
+@pytest.mark.parametrize(("layout", "count"), [(WIDE, 2048), ({"trees": 4, "depth": 9}, 16384)], ids=["wide", "deep"])
+def test_a_step_of_random_routing_takes_little_memory(layout, count):
+    layer = make_feedforward(FeedForward.model_validate({"variant": "random_routing", **layout}), 256, layer=0)
+    layer.reset(0.02)
+    x, ids = torch.randn(count, 256, requires_grad=True), torch.arange(count)
+    layer(x[:8], ids[:8]).sum().backward()
+    memory.reset_peaks()
+    before = memory.peak_rss_bytes()
+    layer(x, ids).sum().backward()
+    gathered_bytes = 2 * 4 * 256 * layer.shape.active_width * count
+    assert gathered_bytes > 8e8
+    assert memory.peak_rss_bytes() - before < 0.4 * gathered_bytes
 
 
 @pytest.mark.parametrize("layout", [(1, 3), (4, 2), (3, 0)])
