@@ -9,11 +9,9 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +22,7 @@ from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.encoders import converted, feedforward_halves, load_encoder
 from fffsweep.pipeline.feedforward import auxiliary_loss
 from fffsweep.pipeline.memory import memory_metrics
+from fffsweep.pipeline.order import epoch_order
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
 from fffsweep.pipeline.variants import make_feedforward
@@ -132,7 +131,7 @@ class Distillation:
         """One step on one block: the layers' unexplained shares, mean over layers."""
         blocks = len(self.train_rows) // self.rows
         epoch, place = divmod(self.at.step, blocks)
-        block = int(_order(blocks, self.context.seed, epoch)[place])
+        block = int(epoch_order(blocks, self.context.seed, epoch)[place])
         rows = slice(block * self.rows, (block + 1) * self.rows)
         total = 0.0
         for index in range(len(self.layers)):
@@ -173,11 +172,6 @@ class Distillation:
         last |= {f"distill/layer_{index}/unexplained": at.curve[-1][f"unexplained/{index}"] for index in range(len(self.layers))}
         tokens = at.step * self.rows
         return last | {"distill/tokens": tokens, "time/train_s": at.elapsed_s, "time/tokens_per_s": tokens / at.elapsed_s}
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def _feedforward_parameters(model: PreTrainedModel) -> int:

@@ -21,6 +21,7 @@ from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.metrics import baseline, decide, scores
 from fffsweep.pipeline.model import loss_parts
+from fffsweep.pipeline.order import epoch_order
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 
@@ -118,8 +119,8 @@ class Finetuning:
         """One step of the optimiser, by the gradients of loss and penalty: loss, learning rate."""
         config = self.config
         epoch, place = divmod(self.at.step, self.steps_per_epoch)
-        order = np.random.Generator(np.random.Philox(key=[self.context.seed, epoch])).permutation(self.rows)
-        chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
+        order = epoch_order(len(self.rows), self.context.seed, epoch)
+        chosen = self.rows[order[place * config.batch_size : (place + 1) * config.batch_size]]
         rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
         train = self.splits["train"]
         labels = torch.from_numpy(np.asarray(train.labels)[chosen]).to(self.context.device)

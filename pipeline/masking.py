@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fffsweep.pipeline.order import epoch_order
 
 Ids = NDArray[np.int64]
 
@@ -64,13 +65,8 @@ class Reading:
         chosen = np.empty(count, np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            chosen[here] = _order(len(self.corpus), self.seed, int(epoch))[places[here]]
+            chosen[here] = epoch_order(len(self.corpus), self.seed, int(epoch))[places[here]]
         return self.corpus[chosen]
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> Ids:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def unigram_loss(corpus: NDArray[Any], labels: Ids, vocabulary_size: int, limit: int = 1 << 26) -> float:

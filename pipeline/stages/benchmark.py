@@ -76,6 +76,7 @@ class BenchmarkCpu:
         "pipeline/variants.py",
         "pipeline/optimisation.py",
         "pipeline/memory.py",
+        "pipeline/order.py",
         "pipeline/data/prepared.py",
         "pipeline/tasks.py",
         "kernels/*.py",

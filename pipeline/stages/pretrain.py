@@ -23,6 +23,7 @@ MODEL_SOURCES = (  # of every stage that trains a model
     "pipeline/variants.py",
     "pipeline/optimisation.py",
     "pipeline/memory.py",
+    "pipeline/order.py",
     "pipeline/schedules.py",
     "pipeline/data/prepared.py",
     "pipeline/tasks.py",

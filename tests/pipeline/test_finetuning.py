@@ -11,6 +11,7 @@ from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.finetuning import Finetuning
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
+from fffsweep.pipeline.order import epoch_order
 from fffsweep.pipeline.stage import StopRequested
 from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig
 from fffsweep.pipeline.tasks import TASKS
@@ -136,6 +137,17 @@ def test_max_rows_keeps_the_same_rows_for_every_seed(context):
     everything = Finetuning(config_of(), context("all")).rows
     assert sorted(everything) == list(range(90))
     assert run(config_of(max_rows=20), context("few"))["data/train_rows"] == 20
+
+
+def test_rows_are_put_in_order_once_an_epoch(context):
+    epoch_order.cache_clear()
+    tuned = Finetuning(config_of(max_rows=40), context())
+    read, padded = [], tuned._padded
+    tuned._padded = lambda split, rows: (read.append(rows) if split is tuned.splits["train"] else None, padded(split, rows))[1]
+    tuned.train()
+    assert epoch_order.cache_info().misses == 2
+    expected = [np.random.Generator(np.random.Philox(key=[0, epoch])).permutation(tuned.rows) for epoch in range(2)]
+    assert np.concatenate(read).tolist() == np.concatenate(expected).tolist()
 
 
 def test_padding_and_order_do_not_change_predictions(context, tiny_data):

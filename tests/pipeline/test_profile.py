@@ -4,6 +4,7 @@ import cProfile
 import pstats
 import time
 
+import numpy as np
 import pytest
 
 from fffsweep.pipeline.finetuning import Finetuning
@@ -47,7 +48,8 @@ def test_finetuning_computes(new_context, tmp_path):
     # The smallest encoder that anybody finetunes in earnest; padding a batch costs the same for every size.
     sizes = {"vocab_size": 96, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 16}
     FffForMaskedLM(FffConfig(**sizes, feedforward=FEEDFORWARD)).save_pretrained(tmp_path / "model")
-    loop = Finetuning(FinetuneConfig(task="pair", epochs=3, batch_size=30), new_context(inputs={"pretrain": tmp_path})).train
-    found = shares(loop, "_close_epoch", ("_padded", "check", "factor", "due"))
+    run = Finetuning(FinetuneConfig(task="pair", epochs=1, batch_size=30), new_context(inputs={"pretrain": tmp_path}))
+    run.rows, run.steps_per_epoch = np.arange(400_000) % len(run.rows), 9  # a large task's rows, a few batches of them
+    found = shares(run.train, "_close_epoch", ("_padded", "epoch_order", "check", "factor", "due"))
     assert max(found.values()) < MOST
     assert min(found.values()) > 0
