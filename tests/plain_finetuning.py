@@ -5,20 +5,25 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.stages.finetune import FinetuneRecipe
 
 
 def plain_loop(folder, data, task, epochs, batch, peak, seed, max_rows=None):
-    """AdamW, cosine with 10 % warm-up, dropout 0.1. Mean loss of the last epoch, predictions on the validation split."""
+    """AdamW with the recipe's constants, cosine with 10 % warm-up, dropout 0.1.
+
+    Returns the mean loss of the last epoch and the predictions on the validation split.
+    """
     prepared = PreparedData(data).task(task)
     splits, num_labels = prepared.splits, prepared.task.num_labels
     separator = PreparedData(data).tokenizer().sep_token_id
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels, hidden_dropout_prob=0.1)
+    recipe = FinetuneRecipe()
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-12, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon, fused=True)
 
     def inputs(rows):
         texts = [[int(token) for token in row] for row in rows]

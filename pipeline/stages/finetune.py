@@ -13,7 +13,8 @@ from fffsweep.pipeline.stages.pretrain import MODEL_SOURCES, Schedule
 
 
 class FinetuneRecipe(Settings):
-    """Everything about finetuning but the task. The defaults are cramming's "GLUE-sane" recipe (arXiv 2212.14034, section 4.3).
+    """Everything about finetuning but the task. The defaults are cramming's "GLUE-sane" recipe (arXiv 2212.14034, section 4.3), but the
+    head, whose published width is 1024, and the dropout of attention, which there is 0.1.
 
     dropout: of the embeddings, both halves of each layer and the head, while training. An existing encoder keeps its own head, reads the
     first token and keeps the dropout of its attention.
@@ -25,10 +26,10 @@ class FinetuneRecipe(Settings):
     learning_rate: Number = Field(default=4e-5, gt=0, description="peak")
     schedule: Schedule = "cosine"
     warmup: Number = Field(default=0.1, ge=0, lt=1, description="share of the steps")
-    weight_decay: Number = Field(default=0.01, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
     beta1: Number = Field(default=0.9, ge=0, lt=1)
     beta2: Number = Field(default=0.98, ge=0, lt=1)
-    epsilon: Number = Field(default=1e-12, gt=0)
+    epsilon: Number = Field(default=1e-6, gt=0)
     clip: Number | None = Field(default=None, gt=0, description="largest norm of the gradient; null for no limit")
     dropout: Number = Field(default=0.1, ge=0, lt=1)
     pooling: Literal["first", "mean"] = Field(default="first", description="what the head reads: the first token, or the mean over tokens")

@@ -13,7 +13,7 @@ from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
 from fffsweep.pipeline.order import epoch_order
 from fffsweep.pipeline.stage import StopRequested
-from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig
+from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig, FinetuneRecipe
 from fffsweep.pipeline.tasks import TASKS
 
 
@@ -58,6 +58,14 @@ def test_a_classification_is_learned_and_reported(context, tiny_data):
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.2
     assert curve[-1]["selection/f1"] == metrics["selection/f1"]
     assert not (here.output / "model").exists()
+
+
+def test_the_defaults_are_the_published_ones():
+    """eval=GLUE_sane of the training code that arXiv 2212.14034 publishes, with its eval/optim=adam."""
+    recipe = FinetuneRecipe()
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.schedule, recipe.warmup) == (5, 16, 4e-5, "cosine", 0.1)
+    assert (recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, recipe.clip) == (0.9, 0.98, 1e-6, 0.0, None)
+    assert (recipe.pooling, recipe.dropout) == ("first", 0.1)
 
 
 def test_predictions_are_what_was_scored(context, tiny_data):
