@@ -101,6 +101,33 @@ def test_left_unchanged_the_outputs_are_the_encoder_s(encoder, new_context):
     assert metrics["params/feedforward"] == LAYERS * (2 * HIDDEN * WIDTH + HIDDEN + WIDTH)
 
 
+def test_converted_with_its_own_matrices_the_outputs_are_the_encoder_s(encoder, tmp_path):
+    """The conversion itself changes nothing: a dense layer as wide as the old one, with its weights, stands in its place."""
+    old = BertModel.from_pretrained(encoder).eval()
+    new = converted(old, FeedForward.model_validate(VARIANTS["dense"] | {"trees": WIDTH}))
+    with torch.no_grad():
+        for (first, second), (_, place) in zip(feedforward_halves(old), feedforward_halves(new), strict=True):
+            layer = place.feedforward
+            drawn = layer.w_out.clone()
+            layer.w_in.copy_(first.dense.weight.view_as(layer.w_in))
+            layer.b_in.copy_(first.dense.bias.view_as(layer.b_in))
+            layer.w_out.copy_(second.weight.t().reshape(layer.w_out.shape))
+            layer.output_bias.copy_(second.bias)
+            assert not torch.equal(layer.w_out, drawn)
+    new.save_pretrained(tmp_path / "new")
+    again = AutoModel.from_pretrained(tmp_path / "new").eval()
+    assert isinstance(again, ConvertedModel)
+    ids = torch.randint(5, 96, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([[12], [7], [3], [12]])
+    with torch.no_grad():
+        expected, found, loaded = (model(ids, attention_mask=mask).last_hidden_state for model in (old, new, again))
+    assert torch.equal(found, loaded)
+    # Equal to the bit where it was tried. The bias is added after the product, not in it, which another library may round otherwise:
+    # sums of WIDTH terms, outputs of order one by the norm.
+    torch.testing.assert_close(found, expected, rtol=0, atol=LAYERS * WIDTH * torch.finfo(torch.float32).eps)
+    assert (expected - expected.mean(0)).abs().max() > 1
+
+
 @pytest.mark.parametrize("name", ["dense", "fff", "original", "random"])
 def test_layers_learn_what_the_old_ones_do(name, encoder, context):
     here = context()
