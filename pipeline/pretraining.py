@@ -121,6 +121,7 @@ class Pretraining:
             self.guard.restore(state["guard"])
             optimisation.restore_rng(state["rng"], self.context.device)
             self.at = Progress(**state["progress"])
+            self.meter.only(self.at.energy_joules)
 
     def save(self) -> None:
         """Write a checkpoint, once for all workers."""
