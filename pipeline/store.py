@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +18,12 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fffsweep.pipeline.stage import Metrics, StageRun
 
 SCHEMA = "fffsweep.manifest/1"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class DamagedArtifact(RuntimeError):
@@ -46,6 +49,15 @@ class Artifact:
     num_bytes: int
     absent: bool = False
 
+    @staticmethod
+    def from_json(name: str, value: dict[str, Any]) -> Artifact:
+        """Raises ValueError unless the name and the checksum stay below the folders that they are appended to."""
+        if not name or "\\" in name or "\0" in name or {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(f"artifact {name!r}: expected a relative path without empty parts, '.', '..', backslashes and null bytes")
+        if not _SHA256.fullmatch(value["sha256"]):
+            raise ValueError(f"checksum {value['sha256']!r} of artifact {name!r}: expected 64 lower-case hexadecimal digits")
+        return Artifact(**value)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -70,13 +82,13 @@ class Manifest:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
-        """Raises ValueError if the schema is of another version."""
+        """Raises ValueError if the schema is of another version, or an artifact's name or checksum could lead out of the store."""
         if value.get("schema") != SCHEMA:
             raise ValueError(
                 f"manifest schema {value.get('schema')!r}: expected {SCHEMA!r}; "
                 "written by another version of fffsweep: use that one, or a new results folder"
             )
-        artifacts = {name: Artifact(**entry) for name, entry in value["artifacts"].items()}
+        artifacts = {name: Artifact.from_json(name, entry) for name, entry in value["artifacts"].items()}
         return Manifest(**{**value, "run": StageRun(**value["run"]), "artifacts": artifacts})
 
 
@@ -214,6 +226,12 @@ def _plain(manifest: Manifest) -> bytes:
 def _members(value: Manifest | StageRun) -> dict[str, Any]:
     """What `asdict` gives, without a copy of everything inside."""
     return {member.name: getattr(value, member.name) for member in fields(value)}
+
+
+def one_component(name: str) -> str:
+    """A name as one component of a path: whatever it holds, it stays below the folder that it is appended to."""
+    component = quote(name, safe="")
+    return f"%2E{component[1:]}" if component.startswith(".") else component
 
 
 def create_whole(target: Path, make: Callable[[Path], object]) -> None:

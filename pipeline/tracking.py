@@ -26,7 +26,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from mlflow.tracking import MlflowClient
 
-from fffsweep.pipeline.store import Store, create_whole
+from fffsweep.pipeline.store import Store, create_whole, one_component
 from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Known, Point, TrackedRun
 
 _PARENT, _NAME, _NOTE, _MADE_OF = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "fffsweep.made_of"
@@ -44,7 +44,7 @@ class Tracker:
             create_whole(Path(path), _lay_out)
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
-        location = (artifact_root / experiment).resolve().as_uri() if artifact_root else None
+        location = (artifact_root / one_component(experiment)).resolve().as_uri() if artifact_root else None
         identity = found.experiment_id if found else client.create_experiment(experiment, location)
         store = client._tracking_client.store
         self._runs: _Runs = _Database(store, identity) if hasattr(store, "ManagedSessionMaker") else _Server(client, identity)

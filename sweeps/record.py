@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -11,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from fffsweep.pipeline import lease
 from fffsweep.pipeline.model_settings import ModelSettings
 from fffsweep.pipeline.stage import Resources, StageRun
+from fffsweep.pipeline.store import one_component
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.space import TrialSpec
@@ -29,6 +30,7 @@ EXTENDS = (
     "seeds",
     "search.num_trials",
 )  # what may differ when a study is run again under its name
+_KEY = re.compile(r"[0-9a-f]{40}")
 _IRRELEVANT = ("description", "resources", "retries")  # what cannot change a result
 
 State = Literal["waiting", "running", "complete", "reused", "failed"]
@@ -70,7 +72,9 @@ class StageState:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> StageState:
-        """The stage run as it was recorded, wherever and by whichever machine it was planned."""
+        """The stage run as it was recorded, wherever and by whichever machine it was planned. Raises ConfigError if its key is none."""
+        if not _KEY.fullmatch(value["key"]):
+            raise ConfigError(f"key {value['key']!r} of stage run {value['label']}: expected 40 lower-case hexadecimal digits")
         run = RecordedRun(value["name"], 0, {}, 0, recorded_key=value["key"])
         live = {name: value[name] for name in ("state", "attempts", "progress", "worker", "duration_s", "error")}
         return StageState(PlannedStage(value["label"], run, Resources(), value["replicate"]), **live)
@@ -118,8 +122,7 @@ class TrialState:
 
 def study_folder(results: Path, name: str) -> Path:
     """Folder of a study's record. Whatever a name holds, it is one path component and stays below `studies`."""
-    component = quote(name, safe="")
-    return results / "studies" / (f"%2E{component[1:]}" if component.startswith(".") else component)
+    return results / "studies" / one_component(name)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
