@@ -51,7 +51,7 @@ class TrialView:
             return {}
         try:
             return read_manifest(self._store.root, self.collect_key).metrics
-        except KeyError:
+        except (KeyError, DamagedArtifact):
             return {}
 
     @property
@@ -124,7 +124,7 @@ class TrialView:
             if stage["label"] == label and stage["state"] in FINISHED:
                 try:
                     return read_manifest(self._store.root, stage["key"])
-                except KeyError:
+                except (KeyError, DamagedArtifact):
                     return None
         return None
 

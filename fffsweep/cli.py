@@ -239,13 +239,14 @@ def verify_study(
 
     found = verify(name_of(study), results, repair)
     print("\n".join(found.problems) or f"{found.num_stage_runs} stage runs, {found.num_artifacts} artifacts: all sound")
-    if repair:
+    if repair and not found.num_left:
         _publish(_view(study, results))
-    if found.problems and repair:
-        print("repaired; run the sweep again if results were withdrawn")
-    elif found.problems:
-        print("--repair mends this")
-    return 1 if found.problems and not repair else 0
+    num_mended = len(found.problems) - found.num_left
+    if num_mended:
+        print("repaired; run the sweep again if results were withdrawn" if repair else "--repair mends this")
+    if found.num_left:
+        print(f"left as they are: {found.num_left} results of another version or out of reach, see above")
+    return 1 if found.num_left or (num_mended and not repair) else 0
 
 
 @app.command()

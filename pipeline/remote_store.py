@@ -8,7 +8,6 @@ both see) to keep apart. Checkpoints are uploaded too, so that another machine g
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fffsweep.pipeline.secrets import mask, setting
-from fffsweep.pipeline.store import Artifact, Manifest, Store, sha256_of
+from fffsweep.pipeline.store import Artifact, Manifest, Store, parsed, sha256_of
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -86,7 +85,7 @@ class RemoteStore(Store):
         except FileNotFoundError:
             self.manifest_path(key).unlink(missing_ok=True)
             raise KeyError(key) from None
-        return Manifest.from_json(json.loads(content))
+        return parsed(content, key, _manifest(key))
 
     def keys(self) -> Iterator[str]:
         from pyarrow import fs

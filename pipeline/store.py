@@ -22,12 +22,17 @@ from urllib.parse import quote
 
 from fffsweep.pipeline.stage import Metrics, StageRun
 
-SCHEMA = "fffsweep.manifest/1"
+_KIND = "fffsweep.manifest/"
+SCHEMA = f"{_KIND}1"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class ForeignManifest(ValueError):
+    """A manifest that another version of fffsweep wrote: it is left as it is."""
+
+
 class DamagedArtifact(RuntimeError):
-    """An artifact's bytes are missing or differ from its checksum. `key` is the result it belongs to."""
+    """A manifest cannot be read, or an artifact's bytes are missing or differ from its checksum. `key` is the result it belongs to."""
 
     def __init__(self, message: str, key: str) -> None:
         super().__init__(message, key)
@@ -82,12 +87,16 @@ class Manifest:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
-        """Raises ValueError if the schema is of another version, or an artifact's name or checksum could lead out of the store."""
-        if value.get("schema") != SCHEMA:
-            raise ValueError(
-                f"manifest schema {value.get('schema')!r}: expected {SCHEMA!r}; "
+        """Raises ForeignManifest if the schema is of another version, and ValueError, TypeError, KeyError or AttributeError for what is
+        no manifest: one of whose artifacts' names or checksums could lead out of the store is none."""
+        schema = value["schema"]
+        if schema != SCHEMA and str(schema).startswith(_KIND):
+            raise ForeignManifest(
+                f"manifest schema {schema!r} of {value.get('key')}: expected {SCHEMA!r}; "
                 "written by another version of fffsweep: use that one, or a new results folder"
             )
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema!r}, expected {SCHEMA!r}")
         artifacts = {name: Artifact.from_json(name, entry) for name, entry in value["artifacts"].items()}
         return Manifest(**{**value, "run": StageRun(**value["run"]), "artifacts": artifacts})
 
@@ -116,12 +125,22 @@ class Store:
         return self.manifest_path(key).exists()
 
     def get(self, key: str) -> Manifest:
-        """Manifest of a finished run. Raises KeyError if `key` has none."""
+        """Manifest of a finished run.
+
+        Raises KeyError if `key` has none, DamagedArtifact if it cannot be read, ForeignManifest if another version wrote it.
+        """
         try:
-            text = self.manifest_path(key).read_text()
+            content = self.manifest_path(key).read_bytes()
         except FileNotFoundError:
             raise KeyError(key) from None
-        return Manifest.from_json(json.loads(text))
+        return parsed(content, key, self.manifest_path(key))
+
+    def find(self, key: str) -> Manifest | None:
+        """As `get` for whoever only looks: None if there is none, or none that can be read here by this version."""
+        try:
+            return self.get(key)
+        except (KeyError, DamagedArtifact, ForeignManifest, OSError):
+            return None
 
     def keys(self) -> Iterator[str]:
         """Keys of all finished runs."""
@@ -214,6 +233,17 @@ class Store:
 def is_weight(name: str) -> bool:
     """Whether an artifact is what makes a result large: tensors, or prepared text."""
     return name.endswith((".safetensors", ".pt", ".arrow"))
+
+
+def parsed(content: bytes, key: str, where: Path | str) -> Manifest:
+    """The manifest in a file's content. Raises DamagedArtifact if it is none, ForeignManifest if it is another version's."""
+    try:
+        return Manifest.from_json(json.loads(content))
+    except ForeignManifest:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        is_ours = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+        raise DamagedArtifact(f"manifest {where} is damaged: {error if is_ours else 'it is not a manifest'}", key) from None
 
 
 def _plain(manifest: Manifest) -> bytes:

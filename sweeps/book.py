@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.record import StageState, TrialState
 
 DONE = ("complete", "reused")
+READ_BY_DRIVER = ("collect", "rung")
 ENDED = ("complete", "failed", "pruned")
 
 
@@ -17,11 +18,18 @@ class Book:
     """Grows with the sweep: trials are added, and plans of trials become longer. Used by one thread.
 
     `trials` is the record's own list, in the order in which they came. durations: seconds of stage runs by key as an earlier record had
-    them, so that a large study goes on without its manifests being read one by one.
+    them, so that a large study goes on without its manifests being read one by one; those that the driver reads itself are read.
+    say: told of results that cannot be read.
     """
 
-    def __init__(self, store: Store, trials: list[TrialState], durations: Mapping[str, float] = MappingProxyType({})) -> None:
-        self._store, self.trials = store, trials
+    def __init__(
+        self,
+        store: Store,
+        trials: list[TrialState],
+        durations: Mapping[str, float] = MappingProxyType({}),
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._store, self.trials, self._say = store, trials, say
         self._durations = {key: durations[key] for key in store.keys() if key in durations} if durations else {}  # noqa: SIM118 - no dict
         self._by_id: dict[str, TrialState] = {}
         self._by_key: dict[str, list[tuple[TrialState, StageState]]] = {}
@@ -55,11 +63,22 @@ class Book:
         if users:
             first = users[0][1]
             stage.state, stage.duration_s, stage.attempts, stage.error = first.state, first.duration_s, first.attempts, first.error
-        elif key in self._durations:
+        elif key in self._durations and stage.planned.run.stage not in READ_BY_DRIVER:
             stage.state, stage.duration_s = "reused", self._durations[key]
-        elif self._store.has(key):
-            stage.state, stage.duration_s = "reused", self._store.get(key).duration_s
+        elif (manifest := self.take(key)) is not None:
+            stage.state, stage.duration_s = "reused", manifest.duration_s
         users.append((trial, stage))
+
+    def take(self, key: str) -> Manifest | None:
+        """A key's manifest, None if there is none. A damaged one is withdrawn, so that its result is made again."""
+        try:
+            return self._store.get(key)
+        except KeyError:
+            return None
+        except DamagedArtifact as error:
+            self._say(f"{error}; it is withdrawn, and its result made again")
+            self._store.forget(key)
+            return None
 
     def __len__(self) -> int:
         return len(self._by_key)

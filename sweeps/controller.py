@@ -120,7 +120,7 @@ class Controller:
         self._device, self._slice = options.device, Slice(options, self._store) if options.is_part else None
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = stop_flag(folder, os.environ.get(ATTEMPT))
-        self._book = Book(self._store, self._record.trials, durations(stored))
+        self._book = Book(self._store, self._record.trials, durations(stored), listener.say)
         decisions = Decisions(folder, partial(self._patience.insist, "results folder"))
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling, decisions)
         self._running: dict[str, Resources] = {}
@@ -270,7 +270,7 @@ class Controller:
 
     def _withdraw(self, key: str) -> None:
         """Have a damaged result made again, unless that was done already: several of its readers may notice."""
-        if key not in self._running and self._store.has(key) and examine(self._store, key)[1]:
+        if key not in self._running and self._store.has(key) and examine(self._store, key).is_damaged:
             self._store.forget(key)
             self._ledger.withdrawn(key)
             self._wait_again(key)
@@ -337,7 +337,7 @@ class Controller:
                 self._adopt(self._strategy.failed(trial.plan.spec.id))
 
     def _metrics_of(self, key: str) -> Metrics | None:
-        return self._store.get(key).metrics if self._store.has(key) else None
+        return None if (manifest := self._book.take(key)) is None else manifest.metrics
 
     def _num_slots(self, executor: Executor) -> int:
         """Searched trials that can go on side by side; inline it is one after another."""

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fffsweep.pipeline.store import Store
+from fffsweep.pipeline.store import DamagedArtifact, ForeignManifest, Store
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.record import Lease, load
 
@@ -31,7 +31,7 @@ class Garbage:
 def find(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list[Garbage]:
     """What can go, the largest first; with `unused` also the results that no study refers to. Deletes nothing.
 
-    Raises ValueError if a manifest cannot be read: what it holds would pass for garbage.
+    Raises ConfigError if a manifest cannot be read: what it holds would pass for garbage.
     """
     store = Store(results / "store")
     wanted: dict[str, bool] = {}  # key -> whether its stage run is still to be done
@@ -47,7 +47,15 @@ def find(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list
             path = store.manifest_path(key)
             found.append(Garbage(path, path.stat().st_size, "result of no study"))
         else:
-            held |= {artifact.sha256 for artifact in store.get(key).artifacts.values()}
+            try:
+                held |= {artifact.sha256 for artifact in store.get(key).artifacts.values()}
+            except DamagedArtifact as error:
+                raise ConfigError(
+                    f"{error}; nothing is known of the files that it holds: fffsweep verify STUDY --repair withdraws it; "
+                    "delete it if it is of no study"
+                ) from None
+            except ForeignManifest as error:
+                raise ConfigError(str(error)) from None
     for path in (store.root / "objects").glob("*/*"):
         if path.name not in held:
             why = "left of an interrupted write" if path.name.startswith(".") else "held by no result"

@@ -26,7 +26,9 @@ class History:
         self._earlier: dict[tuple[str, str | None], list[Manifest]] = defaultdict(list)
         self._medians: dict[tuple[str, str | None], tuple[float, float]] = {}
         for key in itertools.islice(store.keys(), _MOST_MANIFESTS):
-            manifest = store.get(key)
+            manifest = store.find(key)
+            if manifest is None:
+                continue
             if machine is not None and manifest.provenance.get("machine_fingerprint") != machine:
                 continue
             for settings in (None, _settings(manifest.run)):

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fffsweep.pipeline.remote_store import open_store
-from fffsweep.pipeline.store import Manifest, Store, is_weight
+from fffsweep.pipeline.store import DamagedArtifact, ForeignManifest, Manifest, Store, is_weight
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.decisions import FILE as DECISIONS
 from fffsweep.sweeps.record import Lease, TrialState, check_extends, load, study_folder
@@ -45,9 +45,11 @@ def export_results(name: str, results: Path, folder: Path, without_weights: bool
     keys = list(dict.fromkeys(stage["key"] for trial in stored["trials"] for stage in trial["stages"]))
     sums = []
     for key in filter(source.has, keys):
-        manifest = source.get(key)
-        if wrong := examine(source, key)[1]:
+        manifest, wrong, is_damaged = examine(source, key)
+        if wrong and is_damaged:
             raise ConfigError(f"{wrong[0]}; fffsweep verify {name} --repair withdraws it, and the sweep makes it anew")
+        if manifest is None:
+            raise ConfigError(wrong[0])
         left = {n for n, artifact in manifest.artifacts.items() if artifact.absent or (without_weights and is_weight(n))}
         artifacts = {n: replace(artifact, absent=n in left) for n, artifact in manifest.artifacts.items()}
         target.adopt(
@@ -89,8 +91,13 @@ def import_results(folder: Path, results: Path) -> Imported:
             problems += wrong
             if manifest is None or wrong:
                 continue
+            try:
+                is_better = _is_better(manifest, target)
+            except ForeignManifest as error:
+                problems.append(f"{error}; the one here stays")
+                continue
             num_absent += sum(artifact.absent for artifact in manifest.artifacts.values())
-            if _is_better(manifest, target):
+            if is_better:
                 target.forget(key)
                 target.adopt(manifest, {a.sha256: source.read(manifest, n) for n, a in manifest.artifacts.items() if not a.absent})
                 num_new += 1
@@ -140,15 +147,16 @@ def _examined(source: Store, key: str, sums: dict[str, str]) -> tuple[Manifest |
     expected = sums.get(path.relative_to(source.root.parent).as_posix())
     if expected is not None and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         return None, [f"manifest {path} is damaged: it differs from its checksum in {SUMS}; left out"]
-    manifest, wrong = examine(source, key)
-    return manifest, [f"{problem}; left out" for problem in wrong]
+    found = examine(source, key)
+    return found.manifest, [f"{problem}; left out" for problem in found.problems]
 
 
 def _is_better(manifest: Manifest, target: Store) -> bool:
-    """Whether a result is new here, or was here without bytes that it has."""
-    if not target.has(manifest.key):
+    """Whether a result is new here, was here without bytes that it has, or could not be read here. Raises ForeignManifest."""
+    try:
+        here = target.get(manifest.key).artifacts
+    except (KeyError, DamagedArtifact):
         return True
-    here = target.get(manifest.key).artifacts
     return any(artifact.absent and name in manifest.artifacts and not manifest.artifacts[name].absent for name, artifact in here.items())
 
 

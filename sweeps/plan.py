@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fffsweep.pipeline.remote_store import open_store
-from fffsweep.pipeline.stage import StageRun
+from fffsweep.pipeline.stage import Metrics, StageRun
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
@@ -74,7 +74,12 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
     check_extends(config, stored)
     store = open_store(results / "store")
     stored_keys = frozenset(store.keys())
-    plans, notes = forecast(config, study_folder(results, config.name), lambda key: store.get(key).metrics if key in stored_keys else None)
+
+    def metrics_of(key: str) -> Metrics | None:
+        manifest = store.find(key) if key in stored_keys else None
+        return None if manifest is None else manifest.metrics
+
+    plans, notes = forecast(config, study_folder(results, config.name), metrics_of)
     runs = {stage.run.key: (trial, _limited(config, stage)) for trial in plans for stage in trial.stages}
     cached = stored_keys & runs.keys()
     history = History(store)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics
-from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
+from fffsweep.pipeline.store import DamagedArtifact, ForeignManifest, Manifest, Store
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.constraints import best_reference, constraint_values
 from fffsweep.sweeps.ledger import Ledger
@@ -24,19 +23,32 @@ DONE = ("complete", "reused")
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found: problems, a line each; whether they were mended; how much was looked at."""
+    """What was found: problems, a line each; whether they were mended; how much was looked at.
+
+    num_left: problems that no repair mends: results of another version, or that could not be reached.
+    """
 
     problems: tuple[str, ...]
     repaired: bool
     num_stage_runs: int
     num_artifacts: int
+    num_left: int = 0
+
+
+class Examined(NamedTuple):
+    """A result and what is wrong with it, a line each. is_damaged: whether it has to be withdrawn and made again."""
+
+    manifest: Manifest | None
+    problems: list[str]
+    is_damaged: bool
 
 
 def verify(name: str, results: Path, repair: bool = False) -> Findings:
     """Check a study's record and every artifact of it, and MLflow and Optuna against the manifests.
 
     With `repair`, results that are damaged or not what their key says are withdrawn, the record says what is left of the study
-    (running the sweep again makes the rest anew), and MLflow and Optuna are mended or built from nothing.
+    (running the sweep again makes the rest anew), and MLflow and Optuna are mended or built from nothing. Results of another version
+    stay as they are.
     Raises ConfigError if there is no such study, another version wrote it, or a driver is at work on it.
     """
     folder = study_folder(results, name)
@@ -49,14 +61,14 @@ def verify(name: str, results: Path, repair: bool = False) -> Findings:
         store = open_store(results / "store")
         trials = [TrialState.from_json(trial) for trial in stored["trials"]]
         keys = list(dict.fromkeys(stage.planned.run.key for trial in trials for stage in trial.stages))
-        problems, num_artifacts = _check_store(store, keys, repair)
+        problems, num_left, num_artifacts = _check_store(store, keys, repair)
         problems += _check_record(trials, store, over=stored["state"] != "running")
         problems += _check_projections(config, trials, results, store, repair)
         if repair and problems:
             write_record(config, folder, trials, store, stored["created_at"])
     finally:
         lease.release()
-    return Findings(tuple(problems), repair, len(keys), num_artifacts)
+    return Findings(tuple(problems), repair, len(keys), num_artifacts, num_left)
 
 
 def config_of(stored: dict[str, Any], folder: Path) -> SweepConfig:
@@ -76,9 +88,9 @@ def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], st
             if not store.has(stage.planned.run.key):
                 if stage.state != "failed":
                     stage.state, stage.duration_s, stage.progress = "waiting", None, None
-            elif stage.state not in DONE:
+            elif stage.state not in DONE and (manifest := store.find(stage.planned.run.key)) is not None:
                 stage.state, stage.error, stage.progress = "reused", None, None
-                stage.duration_s = store.get(stage.planned.run.key).duration_s
+                stage.duration_s = manifest.duration_s
         if trial.plan.is_whole and all(stage.state in DONE for stage in trial.stages):
             trial.state, trial.error = "complete", None
         elif trial.state not in ("failed", "pruned", "paused"):
@@ -90,46 +102,52 @@ def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], st
 
 
 def project(config: SweepConfig, trials: list[TrialState], results: Path, store: Store) -> int:
-    """Tell MLflow and Optuna everything that the store holds of these trials. Returns how much MLflow was not told."""
+    """Tell MLflow and Optuna everything that can be read of these trials. Returns how much MLflow was not told."""
 
-    def metrics_of(trial: TrialState) -> Metrics:
-        return store.get(trial.stages[-1].planned.run.key).metrics
+    def metrics_of(trial: TrialState) -> Metrics | None:
+        manifest = store.find(trial.stages[-1].planned.run.key) if trial.plan.is_whole else None
+        return None if manifest is None else manifest.metrics
 
-    references = [trial for trial in trials if REFERENCE in trial.plan.spec.controls and trial.plan.is_whole]
-    reference = best_reference(metrics_of(trial) for trial in references if store.has(trial.stages[-1].planned.run.key))
+    references = [metrics_of(trial) for trial in trials if REFERENCE in trial.plan.spec.controls]
+    reference = best_reference(metrics for metrics in references if metrics is not None)
     ledger = Ledger(config, results, store)
     for trial in trials:
         ledger.open_trial(trial)
         for stage in trial.stages:
-            if store.has(stage.planned.run.key):
+            if store.find(stage.planned.run.key) is not None:
                 ledger.stage_finished(trial, stage)
             elif stage.state == "failed":
                 ledger.stage_failed(trial, stage)
         if trial.state == "pruned":
             ledger.trial_pruned(trial)
-        elif trial.plan.is_whole and store.has(trial.stages[-1].planned.run.key):
+        elif (metrics := metrics_of(trial)) is not None:
             ledger.trial_finished(trial)
-            ledger.tell(trial, constraint_values(config, metrics_of(trial), reference))
+            ledger.tell(trial, constraint_values(config, metrics, reference))
         elif trial.state == "failed":
             ledger.trial_failed(trial)
     ledger.close()
     return ledger.num_untold
 
 
-def examine(store: Store, key: str) -> tuple[Manifest | None, list[str]]:
-    """A result and what is wrong with it, a line each: it must be readable, be what its key says, and have all of its bytes.
+def examine(store: Store, key: str) -> Examined:
+    """A result must be readable, be what its key says, and have all of its bytes.
 
     Raises ConnectionError if a remote store cannot be reached.
     """
     try:
         manifest = store.get(key)
+    except DamagedArtifact as error:
+        return Examined(None, [str(error)], True)
+    except KeyError:
+        return Examined(None, [f"manifest {key} is missing"], True)
+    except ForeignManifest as error:
+        return Examined(None, [str(error)], False)
     except ConnectionError:  # of a store that refuses nothing is known
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else "it is not a manifest"
-        return None, [f"manifest {store.manifest_path(key)} is damaged: {reason}"]
+    except OSError as error:
+        return Examined(None, [f"manifest {store.manifest_path(key)} cannot be read: {error}; try again when it can"], False)
     if manifest.key != key or manifest.run.key != key:
-        return manifest, [f"manifest {key} holds the result of {manifest.run.key}"]
+        return Examined(manifest, [f"manifest {key} holds the result of {manifest.run.key}"], True)
     problems = []
     for name, artifact in manifest.artifacts.items():
         if not artifact.absent:
@@ -137,20 +155,24 @@ def examine(store: Store, key: str) -> tuple[Manifest | None, list[str]]:
                 store.read(manifest, name)
             except DamagedArtifact as error:
                 problems.append(str(error))
-    return manifest, problems
+    return Examined(manifest, problems, bool(problems))
 
 
-def _check_store(store: Store, keys: list[str], repair: bool) -> tuple[list[str], int]:
-    problems, num_artifacts = [], 0
+def _check_store(store: Store, keys: list[str], repair: bool) -> tuple[list[str], int, int]:
+    """Problems, how many of them no repair mends, and how many artifacts there are."""
+    problems: list[str] = []
+    num_left = num_artifacts = 0
     for key in keys:
         if not store.has(key):
             continue
-        manifest, wrong = examine(store, key)
-        problems += wrong
-        num_artifacts += len(manifest.artifacts) if manifest else 0
-        if wrong and repair:
+        found = examine(store, key)
+        problems += found.problems
+        num_artifacts += len(found.manifest.artifacts) if found.manifest else 0
+        if found.problems and not found.is_damaged:
+            num_left += 1
+        elif found.problems and repair:
             store.forget(key)
-    return problems, num_artifacts
+    return problems, num_left, num_artifacts
 
 
 def _check_record(trials: list[TrialState], store: Store, over: bool) -> list[str]:
@@ -172,7 +194,7 @@ def _check_record(trials: list[TrialState], store: Store, over: bool) -> list[st
 
 def _check_projections(config: SweepConfig, trials: list[TrialState], results: Path, store: Store, repair: bool) -> list[str]:
     finished: list[tuple[TrialState, StageState]] = [
-        (trial, stage) for trial in trials for stage in trial.stages if store.has(stage.planned.run.key)
+        (trial, stage) for trial in trials for stage in trial.stages if store.find(stage.planned.run.key) is not None
     ]
     problems = Ledger(config, results, store).audit(finished, repair)
     if repair and problems:

@@ -84,3 +84,11 @@ def test_nothing_goes_while_a_driver_is_at_work(littered):
         collect(results, young_s=-1)
     lease.release()
     assert all(path.exists() for path in files.values())
+
+
+def test_nothing_goes_while_a_manifest_cannot_be_read(results):
+    store = Store(results / "store")
+    path = store.manifest_path(next(store.keys()))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"is damaged: it is not a manifest; .*--repair withdraws it"):
+        collect(results, young_s=0)

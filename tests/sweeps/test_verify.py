@@ -10,10 +10,25 @@ from mlflow.tracking import MlflowClient
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
-from fffsweep.sweeps.record import study_folder
+from fffsweep.sweeps.controller import run_sweep
+from fffsweep.sweeps.plan import make_plan
+from fffsweep.sweeps.record import load, study_folder
 from fffsweep.sweeps.verify import verify
 
 NAME = "tiny-directory"
+
+
+class Heard:
+    """A listener that keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def update(self, record, num_running):
+        pass
+
+    def say(self, line):
+        self.lines.append(line)
 
 
 def test_a_finished_study_is_sound(results):
@@ -122,4 +137,52 @@ def test_a_folder_of_another_version_says_what_to_do(results, where):
         with pytest.raises(ConfigError, match=r"schema 'fffsweep.study/0', expected .*use the fffsweep that wrote it"):
             verify(NAME, results)
     else:
-        assert any("written by another version of fffsweep: use that one" in problem for problem in verify(NAME, results).problems)
+        before = path.read_text()
+        found = verify(NAME, results, repair=True)
+        assert any("written by another version of fffsweep: use that one" in problem for problem in found.problems)
+        assert found.num_left == 1
+        assert path.read_text() == before
+        assert verify(NAME, results).num_left == 1
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "collect"])
+def test_a_truncated_manifest_is_named_withdrawn_and_made_again(results, tiny_directory_config, stage):
+    store = Store(results / "store")
+    manifest = next(m for m in map(store.get, store.keys()) if m.run.stage == stage)
+    path = store.manifest_path(manifest.key)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (problem,) = verify(NAME, results).problems
+    assert problem == f"manifest {path} is damaged: it is not a manifest"
+    found = verify(NAME, results, repair=True)
+    assert (problem in found.problems, found.num_left) == (True, 0)
+    assert not store.has(manifest.key)
+    assert run_sweep(tiny_directory_config, results, Heard(), "inline").num_run == 1
+    assert verify(NAME, results).problems == ()
+    assert store.get(manifest.key).metrics.keys() == manifest.metrics.keys()
+
+
+@pytest.mark.parametrize("record", ["with", "without"])
+@pytest.mark.parametrize("stage", ["pretrain", "collect"])
+def test_a_run_makes_again_what_it_cannot_read(results, tiny_directory_config, monkeypatch, stage, record):
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    store = Store(results / "store")
+    trial = load(study_folder(results, NAME))["trials"][-1]
+    keys = {each["name"]: each["key"] for each in trial["stages"]}
+    path = store.manifest_path(keys[stage])
+    path.write_bytes(path.read_bytes()[:40])
+    if stage == "pretrain":
+        store.forget(keys["finetune"])  # it reads the one that is damaged
+    if record == "without":
+        (study_folder(results, NAME) / "study.json").unlink()
+    listener = Heard()
+    outcome = run_sweep(tiny_directory_config, results, listener, "inline")
+    assert (outcome.state, outcome.failed_trials, outcome.num_run) == ("complete", (), 1 if stage == "collect" else 2)
+    assert any(f"manifest {path} is damaged" in line for line in listener.lines)
+    assert store.get(keys[stage]).run.stage == stage
+    assert verify(NAME, results).problems == ()
+
+
+def test_a_damaged_manifest_does_not_keep_plans_from_being_made(results, tiny_directory_config):
+    for path in (results / "store" / "manifests").glob("*/*.json"):
+        path.write_text("{")
+    assert make_plan(tiny_directory_config, results).study == NAME
