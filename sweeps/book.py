@@ -36,7 +36,11 @@ class Book:
         self._failed: set[str] = set()
 
     def adopt(self, plan: TrialPlan) -> tuple[TrialState, list[StageState]]:
-        """Take up a plan, of a new trial or in the place of a trial's shorter one. Returns the trial and the stages that it gained."""
+        """Take up a plan, of a new trial or in the place of what a trial had. Returns the trial and the stages that it gained.
+
+        Runs that the plan no longer has stay known, as other trials may read them and some may be under way; nothing reads a
+        collected result.
+        """
         trial = self._by_id.get(plan.spec.id)
         if trial is None:
             trial = self._by_id[plan.spec.id] = TrialState(plan, [])
@@ -44,7 +48,7 @@ class Book:
         known = {(stage.planned.label, stage.planned.run.key): stage for stage in trial.stages}
         kept = {(planned.label, planned.run.key) for planned in plan.stages}
         for place, stage in known.items():
-            if place not in kept:
+            if place not in kept and stage.planned.run.stage == "collect" and stage.state in DONE:
                 users = self._by_key[place[1]]
                 users[:] = [(user, state) for user, state in users if state is not stage]
                 if not users:
@@ -83,6 +87,9 @@ class Book:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_key)
 
@@ -98,7 +105,7 @@ class Book:
         found: dict[str, None] = {}
 
         def take(key: str) -> None:
-            if key not in found:
+            if key not in found and key in self:
                 for upstream in self.planned(key).run.inputs.values():
                     take(upstream)
                 found[key] = None

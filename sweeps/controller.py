@@ -128,9 +128,7 @@ class Controller:
         self._attempts: dict[str, int] = defaultdict(int)
         self._not_before: dict[str, float] = {}
         self._told: dict[str, str] = {}
-        self._num_run = 0
-        self._stopping = False
-        self._next_update = 0.0
+        self._num_run, self._next_update, self._stopping = 0, 0.0, False
 
     def run(self) -> Outcome:
         start, changes = time.monotonic(), self._strategy.start()
@@ -144,7 +142,8 @@ class Controller:
         reused = sum(self._book.state(key) == "reused" for key in self._book)
         if reused:
             self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
-        if not self._is_over():
+        self._adopt(self._strategy.more(1))
+        if not self._book.is_over():
             with catching_signals(self._stop, lambda: self._stopping):
                 self._drive()
         failed = tuple(trial.plan.spec.id for trial in self._record.trials if trial.state == "failed")
@@ -234,7 +233,7 @@ class Controller:
         return self._config.limits_of(planned.run.stage).applied(planned.resources)
 
     def _is_ready(self, key: str) -> bool:
-        if self._book.state(key) != "waiting" or key in self._running:
+        if key not in self._book or self._book.state(key) != "waiting" or key in self._running:
             return False
         return all(self._book.state(upstream) in DONE for upstream in self._book.planned(key).run.inputs.values())
 
@@ -332,9 +331,14 @@ class Controller:
                     self._ledger.trial_finished(trial)
                 self._adopt(self._strategy.finished(trial.plan.spec.id))
             elif (broken := self._book.broken(trial)) is not None:
-                trial.state, trial.error = "failed", broken
-                self._ledger.trial_failed(trial)
-                self._adopt(self._strategy.failed(trial.plan.spec.id))
+                changes = self._strategy.failed(trial.plan.spec.id)
+                if (seeds := changes.kept.get(trial.plan.spec.id)) is None:
+                    trial.state, trial.error = "failed", broken
+                    self._ledger.trial_failed(trial)
+                else:
+                    self._event("kept", trial=trial.plan.spec.id, seeds=seeds, reason=broken)
+                    self._listener.say(f"trial {trial.plan.spec.id} stays as it was, with {seeds} of its seeds, and gets no more: {broken}")
+                self._adopt(changes)
 
     def _metrics_of(self, key: str) -> Metrics | None:
         return None if (manifest := self._book.take(key)) is None else manifest.metrics
@@ -345,10 +349,6 @@ class Controller:
             return 1
         training = self._config.stages.pretrain or self._config.stages.convert
         return max(1, executor.capacity.cpus // (training.cpus if training is not None else 1))
-
-    def _is_over(self) -> bool:
-        self._adopt(self._strategy.more(1))
-        return self._book.is_over()
 
     def _wait_again(self, key: str) -> None:
         self._book.set_state(key, "waiting")

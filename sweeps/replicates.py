@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
@@ -15,19 +15,20 @@ from fffsweep.sweeps.statistics import difference
 
 @dataclass
 class Replicated:
-    """A finished trial: the mean of each objective, and for each objective replicate -> value."""
+    """A finished trial: the mean of each objective, for each objective replicate -> value, and the replicates that it may come to."""
 
     id: str
     means: list[float]
-    values: list[dict[int, float]] = field(default_factory=list)
+    values: list[dict[int, float]]
+    most: int
 
     @property
     def num_replicates(self) -> int:
         return len(self.values[0])
 
 
-def undecided(trials: list[Replicated], directions: Mapping[str, Literal["maximize", "minimize"]], most: int) -> list[str]:
-    """Trials that should get one more seed, in the study's order; none when all is decided or every candidate has `most`.
+def undecided(trials: list[Replicated], directions: Mapping[str, Literal["maximize", "minimize"]]) -> list[str]:
+    """Trials that should get one more seed, in the study's order; none when all is decided or may get no more.
 
     Near the front is whoever at most one other trial beats. Of each two of them, one being on the front, it must be known which
     objectives either is better in; while that is open, whoever has fewer seeds gets one, or both. One seed decides nothing but
@@ -45,7 +46,9 @@ def undecided(trials: list[Replicated], directions: Mapping[str, Literal["maximi
     for one, other in combinations(near, 2):
         if (on_front[one] or on_front[other]) and not separated(trials[one], trials[other]):
             fewest = min(trials[one].num_replicates, trials[other].num_replicates)
-            chosen |= {index for index in (one, other) if trials[index].num_replicates == fewest < most}
+            fewer = {index for index in (one, other) if trials[index].num_replicates == fewest}
+            if all(fewest < trials[index].most for index in fewer):
+                chosen |= fewer
     return [trials[index].id for index in sorted(chosen)]
 
 

@@ -29,11 +29,13 @@ class Changes:
 
     plans: new trials, and longer plans of trials that it has. pruned: trials that go no further, with the reason.
     tell: finished trials whose values Optuna may learn, with their constraints (met at 0 and below).
+    kept: trials of which a further seed failed, with the number of seeds that they were whole with and keep; their plans are among `plans`.
     """
 
     plans: list[TrialPlan] = field(default_factory=list)
     pruned: dict[str, str] = field(default_factory=dict)
     tell: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
@@ -48,7 +50,7 @@ class Strategy(Protocol):
         ...
 
     def failed(self, trial: str) -> Changes:
-        """A trial cannot be finished."""
+        """A trial cannot be finished as it is planned; it may be `kept` as it was."""
         ...
 
     def more(self, num_slots: int) -> Changes:
@@ -85,11 +87,18 @@ class Sampling(Protocol):
 
 @dataclass
 class _Trial:
-    """racer: its place among the rungs, None if it passes none."""
+    """racer: its place among the rungs, None if it passes none. num_whole: replicates that it has been whole with.
+
+    most: replicates that it may come to, as far as it is found out. cap: those that it will not come beyond, since the next one failed,
+    in this driver or an earlier one: what was decided before that is decided again without knowing it.
+    """
 
     spec: TrialSpec
     plan: TrialPlan
     num_replicates: int
+    most: int
+    cap: int
+    num_whole: int = 0
     racer: Racer | None = None
     state: Literal["live", "complete", "pruned", "failed"] = "live"
 
@@ -132,6 +141,8 @@ class SearchTrials:
         plans = [self._add(spec) for spec in specs]
         for each in before:
             trial = self._trials.get(each.get("trial", ""))
+            if trial is not None and "seeds" in each:
+                trial.cap = max(each["seeds"], trial.num_replicates)
             if trial is None or trial.racer is None:
                 continue
             if "promoted" in each:
@@ -149,7 +160,7 @@ class SearchTrials:
     def finished(self, name: str) -> Changes:
         trial, changes = self._trials[name], Changes()
         if trial.plan.is_whole:
-            trial.state = "complete"
+            trial.state, trial.num_whole = "complete", trial.num_replicates
             self._untold.append(name)
         elif trial.racer is not None:
             self._see(trial, trial.racer)
@@ -158,6 +169,10 @@ class SearchTrials:
 
     def failed(self, name: str) -> Changes:
         trial = self._trials[name]
+        if 0 < trial.num_whole < trial.num_replicates:
+            trial.num_replicates = trial.most = trial.cap = trial.num_whole
+            self._decisions.write(trial=name, seeds=trial.cap)
+            return Changes([self._replan(trial)], kept={name: trial.cap})
         trial.state = "failed"
         if trial.racer is not None:
             trial.racer.state = "failed"
@@ -238,9 +253,9 @@ class SearchTrials:
             racer = Racer(spec.id, REFERENCE if is_reference else str(spec.layout), cost_of(spec.model), not is_reference)
         elif self._num_rungs and spec.in_study and REFERENCE not in spec.controls:
             racer = Racer(spec.id, str(spec.layout), cost_of(spec.model))
-        num_replicates = self._config.seeds.fewest
+        num_replicates, most = self._config.seeds.fewest, self._config.seeds.most
         plan = self._graph.plan(spec, num_replicates, None if racer is None else 0)
-        trial = self._trials[spec.id] = _Trial(spec, plan, num_replicates, racer)
+        trial = self._trials[spec.id] = _Trial(spec, plan, num_replicates, most, most, racer=racer)
         if REFERENCE in spec.controls:
             self._references.append(trial)
         self._note(trial)
@@ -329,29 +344,42 @@ class SearchTrials:
 
     def _replicate(self, changes: Changes) -> None:
         """One more seed for whoever near the front is not yet told apart, and for the reference as many as anybody has."""
-        most, objectives = self._config.seeds.most, self._config.objectives
-        complete = [trial for trial in self._trials.values() if trial.state == "complete"]
-        competing = [self._replicated(trial) for trial in complete if trial.spec.in_study]
-        chosen = [self._trials[name] for name in undecided(competing, objectives, most)]
-        highest = max((trial.num_replicates + 1 for trial in chosen), default=0)
-        playing = [trial for trial in self._references if trial.state == "complete"]
-        for trial in chosen:
-            trial.num_replicates += 1
-        if playing and chosen:
-            best = max(playing, key=lambda trial: self._collected(trial)["quality/avg"])
-            for trial in (playing[0], best):  # the first is what times are relative to
-                if trial.num_replicates < highest:
-                    trial.num_replicates = highest
-                    chosen.append(trial)
-        for trial in chosen:
-            trial.state = "live"
-            self._note(trial)
-            changes.plans.append(self._replan(trial))
+        while True:
+            complete = [trial for trial in self._trials.values() if trial.state == "complete"]
+            competing = [self._replicated(trial) for trial in complete if trial.spec.in_study]
+            chosen = [self._trials[name] for name in undecided(competing, self._config.objectives)]
+            wanted = {trial.spec.id: trial.num_replicates + 1 for trial in chosen}
+            playing = [trial for trial in self._references if trial.state == "complete"]
+            if playing and chosen:
+                highest, best = max(wanted.values()), max(playing, key=lambda trial: self._collected(trial)["quality/avg"])
+                for trial in (playing[0], best):  # the first is what times are relative to
+                    if trial.num_replicates < min(highest, trial.most):
+                        wanted[trial.spec.id] = highest
+            for name, number in wanted.items():
+                trial = self._trials[name]
+                if not self._can_grow(trial, number):
+                    trial.most = trial.num_replicates
+                    continue
+                trial.num_replicates, trial.state = number, "live"
+                self._note(trial)
+                changes.plans.append(self._replan(trial))
+            if changes.plans or not wanted:
+                return
+
+    def _can_grow(self, trial: _Trial, number: int) -> bool:
+        """Whether so many replicates are not known to fail. Times are relative to the first trial, which has to have as many, unless
+        all there is to be run was run before it turned out to have fewer."""
+        assert self._graph is not None
+        first = next(iter(self._trials.values()))
+        if number > trial.cap or number <= first.cap or not self._config.stages.benchmarks:
+            return number <= trial.cap
+        plan = self._graph.plan(trial.spec, number, None if trial.racer is None else trial.racer.granted)
+        return all(self._metrics_of(stage.run.key) is not None for stage in plan.stages)
 
     def _replicated(self, trial: _Trial) -> Replicated:
         metrics, objectives = self._collected(trial), self._config.objectives
         values = [{number: metrics[f"{name}/{number}"] for number in range(trial.num_replicates)} for name in objectives]
-        return Replicated(trial.spec.id, [metrics[name] for name in objectives], values)
+        return Replicated(trial.spec.id, [metrics[name] for name in objectives], values, trial.most)
 
 
 def in_advance(config: SweepConfig, stratum: Stratum) -> Iterator[TrialSpec]:

@@ -44,10 +44,12 @@ class World:
         path.write_text(BASE + text)
         self.folder, self.config, self.noise = folder, load_config(path, overrides), noise
         self.metrics, self.ran, self.told, self.pruned = {}, [], {}, {}
+        self.breaks = lambda plan, stage: False
+        self.broken, self.kept = {}, {}
 
     def drive(self, kill_after=math.inf):
         strategy = SearchTrials(self.config, self.folder, self.metrics.get, lambda stratum: Made())
-        self.plans, waiting, over = {}, [], set()
+        self.plans, waiting, over, self.broken = {}, [], set(), {}
         self._take(strategy.start(), waiting, over)
         while True:
             if not waiting:
@@ -57,14 +59,23 @@ class World:
             name = waiting.pop(0)
             if name in over:
                 continue
+            broken = None
             for stage in self.plans[name].stages:
-                if stage.run.key not in self.metrics:
+                broken = broken or next((key for key in stage.run.inputs.values() if key in self.broken), None)
+                if broken is None and stage.run.key not in self.metrics and self.breaks(self.plans[name], stage):
+                    broken = self.broken[stage.run.key] = name
+                if broken is None and stage.run.key not in self.metrics:
+                    if not all(key in self.metrics for key in stage.run.inputs.values()):
+                        assert waiting, f"{stage.label} of {name} reads what nobody makes"
+                        waiting.append(name)
+                        break
                     if kill_after <= 0:
                         return False
                     kill_after -= 1
                     self.metrics[stage.run.key] = self._run(self.plans[name], stage)
                     self.ran.append((name, stage.label))
-            self._take(strategy.finished(name), waiting, over)
+            else:
+                self._take(strategy.finished(name) if broken is None else strategy.failed(name), waiting, over)
 
     def _take(self, changes, waiting, over):
         for plan in changes.plans:
@@ -73,6 +84,7 @@ class World:
         over |= set(changes.pruned)
         self.pruned |= changes.pruned
         self.told |= changes.tell
+        self.kept |= changes.kept
 
     def _run(self, plan, stage):
         rate = stage.run.config.get("learning_rate", plan.spec.point.get("stages.pretrain.learning_rate", 1e-3))
@@ -174,6 +186,44 @@ def test_seeds_go_to_those_near_the_front_that_are_not_told_apart(tmp_path):
     assert min(seeds.values()) == 1
     assert max(seeds.values()) <= 4
     assert seeds["reference_dense"] == max(seeds.values()), "pairs need the reference's seeds too"
+
+
+SEEDED = "seeds: {pretrain: {min: 1, max: 4}}\n"
+BREAKS = {
+    "the reference's second pretraining": lambda plan, stage: plan.spec.id == "reference_dense" and stage.label == "pretrain/1",
+    "the reference's third finetuning": lambda plan, stage: plan.spec.id == "reference_dense" and stage.label.startswith("finetune/2"),
+    "somebody's second": lambda plan, stage: plan.spec.id.startswith("4x3") and stage.label == "benchmark_cpu/1",
+    "everybody's third": lambda plan, stage: stage.label == "pretrain/2",
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_further_seed_that_fails_takes_nothing_away_and_is_not_tried_again(tmp_path, case):
+    def world(name):
+        overrides = ("sampler=random", "search.num_trials=9", "stages.benchmark_cpu.num_activation_tokens=64")
+        made = World(tmp_path / name, SEEDED, *overrides, noise=0.05)
+        made.breaks = BREAKS[case]
+        return made
+
+    def seeds(world):
+        return {name: len({stage.replicate for stage in plan.stages} - {None}) for name, plan in world.plans.items()}
+
+    whole = world("whole")
+    assert whole.drive()
+    assert whole.kept
+    assert all(plan.is_whole and plan.stages[-1].run.key in whole.metrics for plan in whole.plans.values())
+    assert all(seeds(whole)[name] == number for name, number in whole.kept.items())
+    before, decided, ran = seeds(whole), list(Decisions(whole.folder).read()), list(whole.ran)
+    whole.kept = {}
+    assert whole.drive()
+    assert (seeds(whole), list(Decisions(whole.folder).read()), whole.ran, whole.kept, whole.broken) == (before, decided, ran, {}, {})
+
+    killed = world("killed")
+    while not killed.drive(kill_after=1):
+        pass
+    assert all(plan.is_whole and plan.stages[-1].run.key in killed.metrics for plan in killed.plans.values())
+    if "reference" not in case:
+        assert seeds(killed) == before
 
 
 def test_a_decision_cut_short_by_a_kill_was_never_made(tmp_path):
