@@ -13,6 +13,8 @@ from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.store import DamagedArtifact, ForeignManifest, Manifest, Store, is_weight
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.decisions import FILE as DECISIONS
+from fffsweep.sweeps.decisions import Decisions
+from fffsweep.sweeps.merge import Names, decisions_of, merged, names_here
 from fffsweep.sweeps.record import Lease, TrialState, check_extends, load, study_folder
 from fffsweep.sweeps.verify import DONE, config_of, examine, project, write_record
 
@@ -21,13 +23,14 @@ SUMS = "SHA256SUMS"  # of the manifests, as `sha256sum --check` reads it
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import brought. problems: what was left out and why, a line each."""
+    """What an import brought. problems: what was left out and why, a line each. renamed: trials that have other names here, likewise."""
 
     studies: tuple[str, ...]
     num_new: int
     num_known: int
     num_absent: int
     problems: tuple[str, ...]
+    renamed: tuple[str, ...] = ()
 
 
 def export_results(name: str, results: Path, folder: Path, without_weights: bool = False) -> int:
@@ -70,9 +73,10 @@ def import_results(folder: Path, results: Path) -> Imported:
     """Merge the results in `folder`, a results folder or an export of one, into `results`.
 
     Every key is computed again from what the manifest says was run, every artifact is compared with its checksum; what does not fit is
-    left out, and said. A study that is here already must be the same but for what may grow; what both have stays as it is here.
-    MLflow and Optuna are told of every trial as if it had run here. Raises ConfigError if there is nothing to import, another version
-    wrote it, a study is another one here, or a driver is at work on it.
+    left out, and said. A study that is here already must be the same but for what may grow; what both have stays as it is here, and a
+    searched trial of another point than ours of that name gets another name. MLflow and Optuna are told of every trial as if it had run
+    here. Raises ConfigError, before anything is written, if there is nothing to import, another version wrote it, a study is another
+    one here, or a driver is at work on it.
     """
     records = {unquote(path.parent.name): path.parent for path in sorted((folder / "studies").glob("*/study.json"))}
     if not records:
@@ -83,6 +87,7 @@ def import_results(folder: Path, results: Path) -> Imported:
     leases = [Lease(study_folder(results, name)) for name in studies]
     try:
         source, target = Store(folder / "store"), open_store(results / "store")
+        names = {name: _names_of(stored, records[name], study_folder(results, name)) for name, stored in studies.items()}
         problems: list[str] = []
         num_new = num_known = num_absent = 0
         sums = _sums(folder)
@@ -104,40 +109,46 @@ def import_results(folder: Path, results: Path) -> Imported:
             else:
                 num_known += 1
         for name, stored in studies.items():
-            _merge_study(name, stored, results, target)
-            decisions = study_folder(results, name) / DECISIONS
-            if (records[name] / DECISIONS).exists() and not decisions.exists():
-                shutil.copyfile(records[name] / DECISIONS, decisions)
+            _merge_study(name, stored, records[name], results, target, names[name])
     finally:
         for lease in leases:
             lease.release()
-    return Imported(tuple(studies), num_new, num_known, num_absent, tuple(problems))
+    renamed = [
+        f"{name}: trial {there} of there is {here} here, where that name is another point's"
+        for name, both in names.items()
+        for there, here in both.changed.items()
+    ]
+    return Imported(tuple(studies), num_new, num_known, num_absent, tuple(problems), tuple(renamed))
 
 
-def _merge_study(name: str, stored: dict[str, Any], results: Path, store: Store) -> None:
+def _names_of(stored: dict[str, Any], there: Path, here: Path) -> Names:
+    """What the trials of a record are called here. Raises ConfigError if some cannot be."""
+    ours = load(here)
+    return names_here(config_of(ours or stored, here), _trials_of(ours), _trials_of(stored), Decisions(here).read())
+
+
+def _trials_of(stored: dict[str, Any] | None) -> list[TrialState]:
+    return [TrialState.from_json(trial) for trial in stored["trials"]] if stored else []
+
+
+def _merge_study(name: str, stored: dict[str, Any], there: Path, results: Path, store: Store, names: Names) -> None:
     folder = study_folder(results, name)
     ours = load(folder)
     config = config_of(ours or stored, folder)
-    trials = {trial["id"]: TrialState.from_json(trial) for trial in (ours or stored)["trials"]}
-    for value in stored["trials"]:
-        trial = TrialState.from_json(value)
-        known = trials.get(trial.plan.spec.id)
-        if known is None or (known.state != "complete" and store.has(trial.stages[-1].planned.run.key)):
-            if known is not None:
-                trial.number = known.number
-            trials[trial.plan.spec.id] = trial
-    merged = list(trials.values())
-    if ours is None:
-        for trial in merged:
-            trial.number = None  # Optuna numbers its trials itself
-    for trial in merged:
+    trials, taken = merged(_trials_of(ours), _trials_of(stored), names, store)
+    if ours is None and (there / DECISIONS).exists() and not (folder / DECISIONS).exists():
+        shutil.copyfile(there / DECISIONS, folder / DECISIONS)
+    decisions = Decisions(folder)
+    for decision in list(decisions_of(Decisions(there).read(), list(decisions.read()), names, taken if ours else ())):
+        decisions.write(**decision)
+    for trial in trials:
         for stage in trial.stages:
             if stage.state in DONE and not store.has(stage.planned.run.key):
                 stage.state, stage.duration_s = "waiting", None
         if trial.state == "complete" and trial.stages[-1].state not in DONE:
             trial.state = "waiting"
-    untold = project(config, merged, results, store)
-    write_record(config, folder, merged, store, float((ours or stored)["created_at"]))
+    untold = project(config, trials, results, store)
+    write_record(config, folder, trials, store, float((ours or stored)["created_at"]))
     if untold:
         raise ConfigError(f"MLflow was not told of {untold} runs of {name!r}; fffsweep verify {name!r} --repair tells them")
 
@@ -172,4 +183,4 @@ def to_lines(imported: Imported) -> list[str]:
     """For reading."""
     absent = f", {imported.num_absent} artifacts left behind where they were made" if imported.num_absent else ""
     whole = f"{', '.join(imported.studies)}: {imported.num_new} stage runs imported, {imported.num_known} were here already{absent}"
-    return [*imported.problems, whole]
+    return [*imported.problems, *imported.renamed, whole]

@@ -72,7 +72,12 @@ def _insisting(call: Callable[Concatenate[OptunaStudy, P], R]) -> Callable[Conca
 class _Known:
     number: int
     state: TrialState
+    params: Mapping[str, Any]
     told: list[list[float]] = field(default_factory=list)  # the newest last
+
+    def is_of(self, params: Mapping[str, Any]) -> bool:
+        """Whether it is the same point."""
+        return all(self.params[name] == params[name] for name in self.params.keys() & params.keys())
 
 
 class OptunaStudy:
@@ -109,7 +114,7 @@ class OptunaStudy:
         self._known: dict[str, _Known] = {}
         for trial in trials:
             if _TRIAL in trial.user_attrs:
-                self._remember(trial.user_attrs[_TRIAL], trial.number, trial.state, trial.values)
+                self._remember(trial.user_attrs[_TRIAL], trial.number, trial.state, trial.params, trial.values)
         for trial in trials:  # drawn by a driver that was killed before it knew
             if _TRIAL not in trial.user_attrs and not trial.state.is_finished():
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -118,11 +123,14 @@ class OptunaStudy:
     def open(self, trial: str, params: Mapping[str, Any], space: Mapping[str, Dimension], attributes: Mapping[str, Any]) -> int:
         """Number of the Optuna trial for `trial` with these parameters, trees and depth among them; an earlier driver's if there is one.
 
-        A trial that failed is tried again as a new Optuna trial.
+        A trial that failed is tried again as a new Optuna trial, and so is one whose name meant another point: drawn by a driver that was
+        killed before it was decided upon, the name may come with results from elsewhere.
         """
         known = self._known.get(trial)
-        if known is not None and known.state != TrialState.FAIL:
+        if known is not None and known.state != TrialState.FAIL and known.is_of(params):
             return known.number
+        if known is not None:
+            self._end(trial, TrialState.FAIL)
         distributions = {name: _SHAPE.get(name) or distribution(space[name]) for name in params}
         self._add(trial, TrialState.RUNNING, dict(params), distributions, attributes)
         return self._known[trial].number
@@ -143,7 +151,7 @@ class OptunaStudy:
             self._study.sampler = PartialFixedSampler(dict(fixed), base) if fixed else base
             asked = self._study.ask(distributions)
         asked.set_user_attr(_TRIAL, name)
-        self._remember(name, asked.number, TrialState.RUNNING)
+        self._remember(name, asked.number, TrialState.RUNNING, asked.params)
         self._num_trials = asked.number + 1
         return {path: asked.params[path] for path in space}
 
@@ -163,7 +171,7 @@ class OptunaStudy:
         for name, value in (constraints or {}).items():
             self._handle(number).set_constraint(name, value)
         self._study.tell(number, told)
-        self._remember(trial, number, TrialState.COMPLETE, told)
+        self._remember(trial, number, TrialState.COMPLETE, known.params, told)
 
     @_insisting
     def prune(self, trial: str) -> None:
@@ -193,12 +201,13 @@ class OptunaStudy:
     ) -> None:
         attrs = {**attributes, _TRIAL: trial}
         self._study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=distributions, user_attrs=attrs))
-        self._remember(trial, self._num_trials, state)
+        self._remember(trial, self._num_trials, state, params)
         self._num_trials += 1
 
-    def _remember(self, trial: str, number: int, state: TrialState, values: list[float] | None = None) -> None:
-        told = self._known[trial].told if trial in self._known else []
-        self._known[trial] = _Known(number, state, [*told, *([] if values is None else [values])])
+    def _remember(self, trial: str, number: int, state: TrialState, params: Mapping[str, Any], values: list[float] | None = None) -> None:
+        known = self._known.get(trial)
+        told = known.told if known is not None and known.is_of(params) else []
+        self._known[trial] = _Known(number, state, params, [*told, *([] if values is None else [values])])
 
     def _end(self, trial: str, state: TrialState) -> None:
         known = self._known[trial]
