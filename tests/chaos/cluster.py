@@ -91,6 +91,19 @@ class ThreeNodes:
         """SIGKILL to everything: the head with the cluster's state, and the nodes that cannot live without it."""
         self.stop()
 
+    def kill_head_alone(self) -> None:
+        """SIGKILL to the head's own processes: cluster state, raylet, monitors. The other nodes and their workers live on."""
+        for started in self._cluster.head_node.all_processes.values():
+            for info in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(info.process.pid).kill()
+
+    def others_live(self) -> bool:
+        """Whether the other nodes, the second and the spot one, are still there."""
+        assert self._preemptible is not None
+        raylet = psutil.Process(self.worker.all_processes["raylet"][0].process.pid)
+        return self._preemptible.poll() is None and raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE
+
     def stop(self) -> None:
         for process in _descendants() - self._before:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -22,6 +22,7 @@ from tests.chaos.study import LIMIT_S, Sweep
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 Table = dict[str, Any]
+HEADLESS_S = 150  # Ray waits a minute for a head that is gone
 
 
 def lull(chance: Random) -> None:
@@ -204,5 +205,23 @@ def test_the_head_is_killed(sweep: Sweep, cluster: ThreeNodes, undisturbed: Swee
     cluster.start()
     sweep.address = cluster.address
     sweep.finish(sweep.start())
+    assert {key: sweep.manifests()[key] for key in before} == before
+    sweep.check(expected)
+
+
+def test_the_head_alone_is_killed(sweep: Sweep, cluster: ThreeNodes, undisturbed: Sweep, expected: Table, chance: Random) -> None:
+    """Workers of other nodes live on without the cluster's state: the driver ends by itself, and on a new cluster the command goes on."""
+    driver = sweep.start()
+    sweep.wait_running(driver, "pretrain", 1)
+    lull(chance)
+    cluster.kill_head_alone()
+    assert cluster.others_live()
+    driver.wait(HEADLESS_S)
+    assert driver.returncode != 0
+    before = sweep.manifests()
+    cluster.stop()
+    cluster.start()
+    sweep.address = cluster.address
+    assert "reused" in sweep.finish(sweep.start())
     assert {key: sweep.manifests()[key] for key in before} == before
     sweep.check(expected)
