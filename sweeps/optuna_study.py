@@ -120,12 +120,24 @@ class OptunaStudy:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     @_insisting
-    def open(self, trial: str, params: Mapping[str, Any], space: Mapping[str, Dimension], attributes: Mapping[str, Any]) -> int:
+    def open(
+        self,
+        trial: str,
+        params: Mapping[str, Any],
+        space: Mapping[str, Dimension],
+        attributes: Mapping[str, Any],
+        drawn: str | None = None,
+    ) -> int:
         """Number of the Optuna trial for `trial` with these parameters, trees and depth among them; an earlier driver's if there is one.
 
         A trial that failed is tried again as a new Optuna trial, and so is one whose name meant another point: drawn by a driver that was
-        killed before it was decided upon, the name may come with results from elsewhere.
+        killed before it was decided upon, the name may come with results from elsewhere. drawn: what the trial was called when it was
+        drawn, as far as that is another name.
         """
+        if drawn is not None and trial not in self._known and drawn in self._known and self._known[drawn].is_of(params):
+            self._known[trial] = self._known.pop(drawn)
+            for name, value in {**attributes, _TRIAL: trial}.items():
+                self._study._storage.set_trial_user_attr(self._id_of(self._known[trial].number), name, value)
         known = self._known.get(trial)
         if known is not None and known.state != TrialState.FAIL and known.is_of(params):
             return known.number
@@ -217,8 +229,10 @@ class OptunaStudy:
 
     def _handle(self, number: int) -> optuna.Trial:
         """The trial as Optuna's objective functions see it, which alone can set constraints; a restart leaves no other way to it."""
-        storage = self._study._storage
-        return optuna.Trial(self._study, storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
+        return optuna.Trial(self._study, self._id_of(number))
+
+    def _id_of(self, number: int) -> int:
+        return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
 
 def draw_in_advance(sampler: Sampler, seed: int, stratum: str, index: int, space: Mapping[str, Dimension]) -> Point:

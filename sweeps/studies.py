@@ -39,7 +39,8 @@ class Studies:
         if study is None:
             return None
         space = self._config.search.space if self._config.search is not None else {}
-        return study.open(spec.id, self._params(spec), space, {"layout": spec.layout})
+        drawn = f"-t{spec.id.rpartition('-t')[2]}" if spec.stratum == "" else None  # before its layout was known
+        return study.open(spec.id, self._params(spec), space, {"layout": spec.layout}, drawn)
 
     def tell(self, spec: TrialSpec, metrics: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """Record the objective values of a finished trial, and how far it is beyond each constraint."""

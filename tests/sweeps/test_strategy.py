@@ -3,6 +3,7 @@
 import hashlib
 import math
 
+import optuna
 import pytest
 
 from fffsweep.sweeps.config import load_config
@@ -10,6 +11,7 @@ from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.search import Search
 from fffsweep.sweeps.strategy import SearchTrials
+from fffsweep.sweeps.studies import Studies
 
 BASE = """
 model: {hidden_size: 32, num_layers: 1, num_heads: 2, sequence_length: 64}
@@ -224,6 +226,26 @@ def test_a_further_seed_that_fails_takes_nothing_away_and_is_not_tried_again(tmp
     assert all(plan.is_whole and plan.stages[-1].run.key in killed.metrics for plan in killed.plans.values())
     if "reference" not in case:
         assert seeds(killed) == before
+
+
+def test_a_searched_shape_is_drawn_and_told_as_one_trial(tmp_path):
+    """Its name has the layout, which nobody knows before it is drawn."""
+    overrides = ("sampler=tpe", "search.num_trials=3", "search.space={layout: [60x0, 4x3, 2x4]}")
+    path = tmp_path / "made.yaml"
+    path.write_text(BASE.replace("layouts: [60x0, 4x3]\n", ""))
+    config, url = load_config(path, overrides), f"sqlite:///{tmp_path}/optuna.db"
+
+    def driven():
+        studies = Studies(config, url, print)
+        strategy = SearchTrials(config, tmp_path, lambda key: None, lambda stratum: studies.of_stratum(stratum.name))
+        specs = [plan.spec for changes in (strategy.start(), strategy.more(3)) for plan in changes.plans]
+        return {spec.id: studies.open(spec) for spec in specs if spec.in_study}
+
+    assert sorted(driven().values()) == [0, 1, 2]
+    assert driven() == (again := driven())
+    trials = optuna.load_study(study_name="made", storage=url).trials
+    assert {trial.user_attrs["fffsweep.trial"]: trial.number for trial in trials} == again
+    assert all(name.rpartition("-t")[0] == trials[number].params["layout"] for name, number in again.items())
 
 
 def test_a_decision_cut_short_by_a_kill_was_never_made(tmp_path):
