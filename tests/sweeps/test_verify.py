@@ -7,6 +7,7 @@ import optuna
 import pytest
 from mlflow.tracking import MlflowClient
 
+from fffsweep.cli import main
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
@@ -127,7 +128,7 @@ def test_a_manifest_that_is_not_what_its_key_says_is_withdrawn(results):
 
 
 @pytest.mark.parametrize("where", ["study", "manifest"])
-def test_a_folder_of_another_version_says_what_to_do(results, where):
+def test_a_folder_of_another_version_says_what_to_do(results, where, capsys):
     path = study_folder(results, NAME) / "study.json"
     if where == "manifest":
         store = Store(results / "store")
@@ -142,7 +143,12 @@ def test_a_folder_of_another_version_says_what_to_do(results, where):
         assert any("written by another version of fffsweep: use that one" in problem for problem in found.problems)
         assert found.num_left == 1
         assert path.read_text() == before
-        assert verify(NAME, results).num_left == 1
+        for repair in ([], ["--repair"]):
+            with pytest.raises(SystemExit) as ended:
+                main(["verify", NAME, "--results", str(results), *repair])
+            printed = capsys.readouterr().out
+            assert (ended.value.code, "mends this" in printed, "repaired" in printed) == (1, False, False)
+            assert "left as they are: 1 results" in printed
 
 
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "collect"])
