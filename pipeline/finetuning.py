@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fffsweep.pipeline import optimisation, schedules
 from fffsweep.pipeline.checkpoint import Checkpoints
-from fffsweep.pipeline.data.prepared import PreparedData, Split
+from fffsweep.pipeline.data.prepared import PreparedData, Unlabelled
 from fffsweep.pipeline.encoders import classifier_inputs, load_classifier
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.memory import memory_metrics
@@ -57,7 +57,7 @@ class Finetuning:
         self.config, self.context = config, context
         prepared = PreparedData(context.inputs["prepare"])
         found = prepared.task(config.task)
-        self.task, self.splits = found.task, found.splits
+        self.task, self.splits, self.tests = found.task, found.splits, found.tests
         self.tokenizer = prepared.tokenizer()
         train = self.splits["train"]
         if len(train) == 0:
@@ -133,7 +133,7 @@ class Finetuning:
             self.at.penalties.append(float(penalty.detach()))
         return float(loss.detach()), rate
 
-    def _padded(self, split: Split, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    def _padded(self, split: Unlabelled, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         sequences = [np.asarray(split.input_ids[int(row)]) for row in rows]
         inputs = classifier_inputs(sequences, self.tokenizer, self.model.config)
         return {name: each.to(self.context.device) for name, each in inputs.items()}
@@ -151,7 +151,7 @@ class Finetuning:
         at.curve.append(row)
 
     @torch.no_grad()
-    def predict(self, split: Split) -> NDArray[np.float32]:
+    def predict(self, split: Unlabelled) -> NDArray[np.float32]:
         """Logits [rows, num_labels] in the split's order; rows of like length are evaluated together."""
         self.model.eval()
         order = np.argsort([len(each) for each in split.input_ids], kind="stable")
@@ -183,7 +183,7 @@ class Finetuning:
                 continue
             logits = self.selection_logits if name == "selection" else None  # those of the last epoch
             predictions = decide(self.task, self.predict(split) if logits is None else logits)
-            self._write_predictions(name, predictions)
+            self._write_predictions(name, predictions, split.index)
             found = scores(self.task, predictions, split.labels)
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
             kind = "selection" if name == "selection" else "validation"
@@ -191,19 +191,32 @@ class Finetuning:
             floor = scores(self.task, np.full(len(split), constant), split.labels)[self.task.metrics[0]]
             primary.setdefault(f"baseline/{kind}_primary", []).append(floor)
         metrics |= {name: sum(values) / len(values) for name, values in primary.items()}
+        if self.config.submission:
+            self._write_submission()
         if self.config.keep_weights:
             with optimisation.quiet_transformers():
                 self.model.save_pretrained(output / "model")
         return metrics | memory_metrics(self.context.device)
 
-    def _write_predictions(self, split: str, predictions: NDArray[Any]) -> None:
-        """`predictions/<split>.tsv` as the GLUE server takes it: index and prediction, a class by its name where it has one."""
+    def _write_submission(self) -> None:
+        """Predictions of the test splits that were prepared, in files called as the GLUE server has them."""
+        for split, name in zip(self.task.test_splits, self.task.submission_names, strict=True):
+            if split in self.tests:
+                rows = self.tests[split]
+                self._write_predictions(name, decide(self.task, self.predict(rows)), rows.index)
+
+    def _write_predictions(self, name: str, predictions: NDArray[Any], index: NDArray[Any]) -> None:
+        """`predictions/<name>.tsv` as the GLUE server takes it: each row's number and its prediction.
+
+        A class goes by its name where it has one; a value lies within the task's labels.
+        """
         folder = self.context.output / "predictions"
         folder.mkdir(exist_ok=True)
         if self.task.kind == "regression":
-            shown = [f"{value:.6f}" for value in predictions]
+            low, high = self.task.label_range or (-math.inf, math.inf)
+            shown = [f"{value:.6f}" for value in predictions.clip(low, high)]
         else:
             names = self.task.label_names
             shown = [names[value] if names else str(value) for value in predictions]
-        lines = [f"{index}\t{value}\n" for index, value in enumerate(shown)]
-        (folder / f"{split}.tsv").write_text("index\tprediction\n" + "".join(lines))
+        lines = [f"{number}\t{value}\n" for number, value in zip(index, shown, strict=True)]
+        (folder / f"{name}.tsv").write_text("index\tprediction\n" + "".join(lines))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
+AX = "ax"  # GLUE's diagnostic rows, which models of mnli predict
 METRIC_NAMES = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 
@@ -17,7 +18,8 @@ class Task:
     num_labels: classes, 1 for regression. text_columns: one or two. metrics: names, the first is primary.
     label_names: what labels are called in the task's own files and in submissions; empty where those hold numbers.
     label_range: least and greatest value of a regression's labels, None for no limit.
-    validation_splits: held-out splits that are reported. submission_names: files of a GLUE submission, one a validation split.
+    validation_splits: held-out splits that are reported. test_splits: those without labels, for a submission to the GLUE server, which
+    takes the predictions of each in a file called by its entry of submission_names.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Task:
     label_names: tuple[str, ...] = ()
     label_range: tuple[float, float] | None = None
     validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ()
     submission_names: tuple[str, ...] = ()
 
     @property
@@ -42,15 +45,24 @@ _ENTAILMENT = ("entailment", "not_entailment")
 
 
 def _classes(name: str, columns: tuple[str, ...], metrics: tuple[str, ...], submission: str = "", names: tuple[str, ...] = ()) -> Task:
-    submissions = (submission,) if submission else ()
-    return Task(name, "classification", len(names) or 2, columns, metrics, label_names=names, submission_names=submissions)
+    num_labels, tests = len(names) or 2, {"test_splits": ("test",), "submission_names": (submission,)} if submission else {}
+    return Task(name, "classification", num_labels, columns, metrics, label_names=names, **tests)
 
 
 _TASKS = (
     _classes("cola", ("sentence",), ("matthews", "accuracy"), "CoLA"),
     _classes("sst2", ("sentence",), ("accuracy",), "SST-2"),
     _classes("mrpc", _PAIR, ("f1", "accuracy"), "MRPC"),
-    Task("stsb", "regression", 1, _PAIR, ("pearson", "spearman"), label_range=(0.0, 5.0), submission_names=("STS-B",)),
+    Task(
+        "stsb",
+        "regression",
+        1,
+        _PAIR,
+        ("pearson", "spearman"),
+        label_range=(0.0, 5.0),
+        test_splits=("test",),
+        submission_names=("STS-B",),
+    ),
     _classes("qqp", ("question1", "question2"), ("accuracy", "f1"), "QQP"),
     Task(
         "mnli",
@@ -60,7 +72,8 @@ _TASKS = (
         ("accuracy",),
         label_names=("entailment", "neutral", "contradiction"),
         validation_splits=("validation_matched", "validation_mismatched"),
-        submission_names=("MNLI-m", "MNLI-mm"),
+        test_splits=("test_matched", "test_mismatched", AX),
+        submission_names=("MNLI-m", "MNLI-mm", "AX"),
     ),
     _classes("qnli", ("question", "sentence"), ("accuracy",), "QNLI", _ENTAILMENT),
     _classes("rte", _PAIR, ("accuracy",), "RTE", _ENTAILMENT),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fffsweep.pipeline.data.tables import KINDS, DataFile
 from fffsweep.pipeline.stages.prepare import CustomTask, PrepareConfig
-from fffsweep.pipeline.tasks import Task
+from fffsweep.pipeline.tasks import AX, Task
 
 # GLUE as its own download has it: folder, and our columns by theirs, or by position where there is no header
 _CLASSIC: dict[str, tuple[str, dict[str, str | int]]] = {
@@ -22,7 +22,9 @@ _CLASSIC: dict[str, tuple[str, dict[str, str | int]]] = {
     "rte": ("RTE", {}),
     "wnli": ("WNLI", {}),
 }
+_CLASSIC_AX = ("diagnostic", "diagnostic.tsv")
 _PARENTS = ("glue", "tasks", ".")
+_TABLES = [suffix for suffix in KINDS if KINDS[suffix] != "text"]
 _KINDS_TO_READ = ", ".join(KINDS)
 
 
@@ -70,18 +72,54 @@ def task_files(config: PrepareConfig) -> dict[str, dict[str, list[DataFile]]]:
     return found
 
 
+def unlabelled_files(config: PrepareConfig) -> dict[str, dict[str, list[DataFile]]]:
+    """task -> test split -> files, for the test splits that are there beside GLUE tasks in a directory."""
+    if config.source != "directory":
+        return {}
+    root = _folder(config.path or "", "path")
+    built_in = [task for entry, task in zip(config.tasks, config.task_list, strict=True) if isinstance(entry, str)]
+    found = {task.name: {split: _test_split(root, task, split) for split in task.test_splits} for task in built_in}
+    return {name: there for name, splits in found.items() if (there := {split: files for split, files in splits.items() if files})}
+
+
+def _test_split(root: Path, task: Task, split: str) -> list[DataFile]:
+    classic, columns = _CLASSIC[task.name]
+    if split == AX:
+        folder, file, stem = _folder_of(root, {AX, _CLASSIC_AX[0]}), _CLASSIC_AX[1], "test"
+    else:
+        folder, file, stem = _folder_of(root, {task.name, classic.lower()}), f"{split}.tsv", split
+    if folder is None:
+        return []
+    name = folder.relative_to(root).as_posix()
+    if (folder / file).exists() and (split == AX or _is_classic(folder, task)):
+        renamed = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, str)}
+        return [DataFile(folder / file, f"{name}/{file}", {**renamed, "idx": "id" if task.name == "qqp" else "index"})]
+    return _files_of(folder, stem, name)
+
+
 def _built_in(root: Path, task: Task) -> dict[str, list[DataFile]]:
     classic, columns = _CLASSIC[task.name]
-    names = {task.name.lower(), classic.lower()}
+    folder = _folder_of(root, {task.name, classic.lower()})
+    if folder is None:
+        looked = ", ".join(f"{parent}/{task.name}" for parent in _PARENTS[:2])
+        raise ValueError(f"task {task.name}: no folder of it in {root}; expected {looked}, {task.name} or {classic}")
+    name = folder.relative_to(root).as_posix()
+    if not _is_classic(folder, task):
+        return _splits(folder, task, name)
+    files = {split: folder / _classic_file(split) for split in ("train", *task.validation_splits)}
+    return {split: [_existing(path, f"{name}/{path.name}", columns)] for split, path in files.items()}
+
+
+def _folder_of(root: Path, names: set[str]) -> Path | None:
+    """The first folder with one of these names, lower-case, where tasks are looked for."""
     for parent in (root / name for name in _PARENTS if (root / name).is_dir()):
         for folder in sorted(path for path in parent.iterdir() if path.is_dir() and path.name.lower() in names):
-            name = folder.relative_to(root).as_posix()
-            if (folder / "train.tsv").exists() and (folder / _classic_file(task.validation_splits[0])).exists():
-                files = {split: folder / _classic_file(split) for split in ("train", *task.validation_splits)}
-                return {split: [_existing(path, f"{name}/{path.name}", columns)] for split, path in files.items()}
-            return _splits(folder, task, name)
-    looked = ", ".join(f"{parent}/{task.name}" for parent in _PARENTS[:2])
-    raise ValueError(f"task {task.name}: no folder of it in {root}; expected {looked}, {task.name} or {classic}")
+            return folder
+    return None
+
+
+def _is_classic(folder: Path, task: Task) -> bool:
+    return (folder / "train.tsv").exists() and (folder / _classic_file(task.validation_splits[0])).exists()
 
 
 def _classic_file(split: str) -> str:
@@ -96,17 +134,21 @@ def _existing(path: Path, name: str, columns: dict[str, str | int]) -> DataFile:
 
 def _splits(folder: Path, task: Task, name: str) -> dict[str, list[DataFile]]:
     """Files `<split>.EXT` or `<split>-*.EXT` of each split."""
-    kinds = [suffix for suffix in KINDS if KINDS[suffix] != "text"]
     found = {}
     for split in ("train", *task.validation_splits):
-        paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds and (p.stem == split or p.stem.startswith(f"{split}-"))]
-        if not paths:
+        found[split] = _files_of(folder, split, name)
+        if not found[split]:
             there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            kinds = ", ".join(_TABLES)
             raise ValueError(
-                f"task {task.name}: no {split} split in {folder}, which holds {there}; expected {split}.EXT, EXT one of {', '.join(kinds)}"
+                f"task {task.name}: no {split} split in {folder}, which holds {there}; expected {split}.EXT, EXT one of {kinds}"
             )
-        found[split] = [DataFile(path, f"{name}/{path.name}") for path in paths]
     return found
+
+
+def _files_of(folder: Path, split: str, name: str) -> list[DataFile]:
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in _TABLES and (p.stem == split or p.stem.startswith(f"{split}-"))]
+    return [DataFile(path, f"{name}/{path.name}") for path in paths]
 
 
 def _folder(path: str, what: str) -> Path:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fffsweep.pipeline.data.rows import BadRow, BadRows, Row, TaskRows, parse_rows
-from fffsweep.pipeline.tasks import Task
+from fffsweep.pipeline.data.rows import BadRow, BadRows, Row, TaskRows, parse_rows, parse_unlabelled
+from fffsweep.pipeline.tasks import AX, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,6 +65,24 @@ class Hub:
             for split in ("train", *task.validation_splits)
         }
 
+    def test_rows(self, name: str, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        """Rows of the task's test splits that the data set has; the diagnostic rows are a config of their own."""
+        found = {}
+        for split in task.test_splits:
+            config, theirs = (AX, "test") if split == AX else (task.name, split)
+            if theirs in self._split_names(name, config, split == AX):
+                found[split] = parse_unlabelled(task, self._rows(name, config, theirs), f"{name}, {config} {theirs}", bad)
+        return found
+
+    def _split_names(self, name: str, config: str, optional: bool) -> list[str]:
+        """Splits of a config; none if it is `optional` and not there."""
+        try:
+            return list(self._load(name, config, None))
+        except ValueError as error:
+            if optional and "not found. Available:" in str(error):
+                return []
+            raise
+
     def _rows(self, name: str, config: str, split: str) -> Iterator[Row]:
         number = 0
         for table in self._stream(name, config, split):
@@ -73,17 +91,21 @@ class Hub:
                 yield number, row
 
     def _stream(self, name: str, config: str | None, split: str) -> Iterator[pa.Table]:
+        yield from self._load(name, config, split).with_format("arrow").iter(batch_size=_BATCH)
+
+    def _load(self, name: str, config: str | None, split: str | None) -> Any:
+        """A split of a data set, or all its splits by name, as streams."""
         import datasets
 
         dataset, _, revision = name.partition("@")
         dataset, _, named = dataset.partition(":")
         try:
-            stream = datasets.load_dataset(
+            return datasets.load_dataset(
                 dataset, config or named or None, revision=revision, split=split, streaming=True, cache_dir=str(self._cache)
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            what = f"split {split}" if split else "splits"
             raise ValueError(
-                f"{name}: not read ({reason}); expected a data set on the hub: check name, revision, split {split} and network"
+                f"{name}: not read ({reason}); expected a data set on the hub: check name, revision, {what} and network"
             ) from None
-        yield from stream.with_format("arrow").iter(batch_size=_BATCH)

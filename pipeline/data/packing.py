@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,14 @@ def join_texts(first: Ids, second: Ids | None, sequence_length: int, cls: int, s
     return np.concatenate([start, first, end, second[: room - len(first)], end])
 
 
-def write_rows(ids: Sequence[Ids], labels: NDArray[Any], target: Path) -> None:
-    """Rows of one split of a task: columns `input_ids` (list) and `label`, one record batch."""
+def write_rows(ids: Sequence[Ids], columns: Mapping[str, NDArray[Any]], target: Path) -> None:
+    """Rows of one split of a task: column `input_ids` (list) and those given, one record batch."""
     import pyarrow as pa
 
     offsets = np.zeros(len(ids) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in ids], out=offsets[1:])
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)))
-    batch = pa.record_batch([column, pa.array(labels)], names=["input_ids", "label"])
+    batch = pa.record_batch({"input_ids": column, **{name: pa.array(values) for name, values in columns.items()}})
     target.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

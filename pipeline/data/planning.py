@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fffsweep.pipeline.data.directory import corpus_files, task_files
+from fffsweep.pipeline.data.directory import corpus_files, task_files, unlabelled_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, check_obtainable
 from fffsweep.pipeline.data.rows import check_columns, check_labels
 from fffsweep.pipeline.data.tables import DataFile, check_file, columns_of, content_hash, labels_of
@@ -34,6 +34,10 @@ def check(config: PrepareConfig) -> None:
         for files in splits.values():
             for file in files:
                 _check_task_file(tasks[name], file)
+    for name, splits in unlabelled_files(config).items():
+        for files in splits.values():
+            for file in files:
+                _check_test_file(tasks[name], file)
     if config.vocabulary_file is not None:
         from fffsweep.pipeline.data.vocabulary import read_vocabulary
 
@@ -54,9 +58,20 @@ def fingerprint(config: PrepareConfig) -> str:
         name: {split: [content_hash(file.path) for file in files] for split, files in splits.items()}
         for name, splits in task_files(config).items()
     }
+    tests = unlabelled_files(config).items()
+    content["tests"] = {
+        name: {split: [content_hash(file.path) for file in files] for split, files in splits.items()} for name, splits in tests
+    }
     if config.vocabulary_file is not None:
         content["vocabulary"] = content_hash(Path(config.vocabulary_file))
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _check_test_file(task: Task, file: DataFile) -> None:
+    check_file(file)
+    columns = columns_of(file) or []
+    renamed = [ours for ours, theirs in (file.columns or {}).items() if theirs in columns]
+    check_columns(task, [*columns, *renamed], file.name, labelled=False)
 
 
 def _check_task_file(task: Task, file: DataFile) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fffsweep.pipeline.data.cleaning import CleanCorpus, clean_corpus
 from fffsweep.pipeline.data.packing import Packer, join_texts, pack, write_corpus, write_rows
-from fffsweep.pipeline.data.rows import BadRows, TaskRows, hold_out
+from fffsweep.pipeline.data.rows import BadRows, TaskRows, check_index, hold_out
 from fffsweep.pipeline.data.sources import open_source
 from fffsweep.pipeline.data.text import HeldOutSentences
 from fffsweep.pipeline.data.vocabulary import Encoder, make_tokenizer, read_vocabulary, save_tokenizer, train_vocabulary
@@ -49,13 +49,14 @@ def prepare(config: PrepareConfig, context: StageContext) -> Metrics:
     with BadRows(context.output / "bad_rows.jsonl") as bad:
         source = open_source(config, context.work)
         rows = {task.name: _splits(source.task_rows(task, bad), task, config, context.seed) for task in config.task_list}
-        held_out = HeldOutSentences(_validation_texts(config.task_list, rows))
+        tests = {task.name: _tests(source.test_rows(task, bad), task) for task in config.task_list}
+        held_out = HeldOutSentences(_held_out_texts(config.task_list, rows, tests))
         corpus = clean_corpus(source.documents(), config, held_out, context, bad)
     tokenizer = _tokenizer(config, corpus)
     save_tokenizer(tokenizer, context.output / "tokenizer", config.sequence_length)
     encoder = Encoder(tokenizer)
     packed, rate = _pack_corpus(config, context, corpus, encoder)
-    tasks = {task.name: _write_task(task, rows[task.name], config, context.output, encoder) for task in config.task_list}
+    tasks = {task.name: _write_task(task, rows[task.name] | tests[task.name], config, context.output, encoder) for task in config.task_list}
     description = {
         "schema": "fffsweep.data/1",
         "source": config.source,
@@ -88,10 +89,16 @@ def _splits(rows: dict[str, TaskRows], task: Task, config: PrepareConfig, seed: 
     return {"train": train, "selection": selection, **{split: rows[split] for split in task.validation_splits}}
 
 
-def _validation_texts(tasks: tuple[Task, ...], rows: dict[str, dict[str, TaskRows]]) -> Iterator[str]:
+def _tests(rows: dict[str, TaskRows], task: Task) -> dict[str, TaskRows]:
+    for split, found in rows.items():
+        check_index(task, split, found)
+    return rows
+
+
+def _held_out_texts(tasks: tuple[Task, ...], rows: dict[str, dict[str, TaskRows]], tests: dict[str, dict[str, TaskRows]]) -> Iterator[str]:
     for task in tasks:
-        for split in task.validation_splits:
-            yield from chain.from_iterable(rows[task.name][split].texts)
+        for found in (*(rows[task.name][split] for split in task.validation_splits), *tests[task.name].values()):
+            yield from chain.from_iterable(found.texts)
 
 
 def _tokenizer(config: PrepareConfig, corpus: CleanCorpus) -> Tokenizer:
@@ -137,8 +144,10 @@ def _write_task(task: Task, splits: dict[str, TaskRows], config: PrepareConfig, 
         parts = [encoder.encode_each([texts[column] for texts in rows.texts]) for column in range(len(task.text_columns))]
         pairs = [(texts[0], texts[1] if len(texts) == 2 else None) for texts in zip(*parts, strict=True)]
         ids = [join_texts(first, second, config.sequence_length, encoder.cls, encoder.sep) for first, second in pairs]
-        labels = np.array(rows.labels, dtype=np.float32 if task.kind == "regression" else np.int64)
-        write_rows(ids, labels, folder / f"{split}.arrow")
+        columns = {"index": np.array(rows.index, dtype=np.int64)}
+        if split not in task.test_splits:
+            columns["label"] = np.array(rows.labels, dtype=np.float32 if task.kind == "regression" else np.int64)
+        write_rows(ids, columns, folder / f"{split}.arrow")
         room = config.sequence_length - 1 - len(task.text_columns)
         num_truncated = sum(sum(map(len, texts)) > room for texts in zip(*parts, strict=True))
         counts[split] = {"rows": len(rows), "truncated": num_truncated}

@@ -39,22 +39,33 @@ class Sequences(Sequence[NDArray[Any]]):
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows of one split. input_ids: `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, not padded; labels: int64, or float32 for regression."""
+class Unlabelled:
+    """Rows of one split. input_ids: `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, not padded; index: each row's number, int64."""
 
     input_ids: Sequences
-    labels: NDArray[Any]
+    index: NDArray[Any]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class Split(Unlabelled):
+    """Rows of a split with labels: int64, or float32 for regression."""
+
+    labels: NDArray[Any]
 
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task and its splits: `train`, `selection` (held out of train) and the task's validation splits."""
+    """A task and its splits: `train`, `selection` (held out of train) and the task's validation splits.
+
+    tests: those of the task's test splits that were there.
+    """
 
     task: Task
     splits: dict[str, Split]
+    tests: dict[str, Unlabelled]
 
 
 class PreparedData:
@@ -87,8 +98,14 @@ class PreparedData:
             raise ValueError(f"task {name!r} was not prepared: expected one of {', '.join(self.task_names()) or 'none'}; add it to prepare")
         folder = self.folder / "tasks" / name
         description = json.loads((folder / "task.json").read_text())
-        names = ["train", "selection", *description["task"]["validation_splits"]]
-        return PreparedTask(_task(description["task"]), {split: _split(folder / f"{split}.arrow") for split in names})
+        task = _task(description["task"])
+        names = ["train", "selection", *task.validation_splits]
+        tests = {split: path for split in task.test_splits if (path := folder / f"{split}.arrow").exists()}
+        return PreparedTask(
+            task,
+            {split: _split(folder / f"{split}.arrow") for split in names},
+            {split: Unlabelled(*_rows(_open(path))) for split, path in tests.items()},
+        )
 
     def description(self) -> dict[str, Any]:
         """data.json: what was read, under which licences, counts, the first bad rows."""
@@ -105,9 +122,13 @@ def _open(path: Path) -> pa.RecordBatch:
 
 def _split(path: Path) -> Split:
     batch = _open(path)
+    return Split(*_rows(batch), batch.column("label").to_numpy(zero_copy_only=True))
+
+
+def _rows(batch: pa.RecordBatch) -> tuple[Sequences, NDArray[Any]]:
     column = batch.column("input_ids")
     ids = Sequences(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True))
-    return Split(ids, batch.column("label").to_numpy(zero_copy_only=True))
+    return ids, batch.column("index").to_numpy(zero_copy_only=True)
 
 
 def _task(fields: dict[str, Any]) -> Task:

@@ -66,35 +66,45 @@ class BadRows:
 
 @dataclass
 class TaskRows:
-    """Rows of one split. groups: rows of equal group belong on the same side of any further split."""
+    """Rows of one split. groups: rows of equal group belong on the same side of any further split; a test split has no labels and groups.
+
+    index: number of each row in its split as it was given: the column `idx` where there is one, else its place from 0, rows that were
+    left out counted. num_read: rows read, those left out too.
+    """
 
     texts: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+    num_read: int = 0
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.texts)
 
     def take(self, rows: Iterable[int]) -> TaskRows:
         """The given rows, in that order."""
         rows = list(rows)
-        return TaskRows([self.texts[i] for i in rows], [self.labels[i] for i in rows], [self.groups[i] for i in rows])
+        texts, labels, groups = [self.texts[i] for i in rows], [self.labels[i] for i in rows], [self.groups[i] for i in rows]
+        return TaskRows(texts, labels, groups, [self.index[i] for i in rows], len(rows))
 
     def extend(self, other: TaskRows) -> None:
         """Append the rows of another file of the same split."""
         self.texts += other.texts
         self.labels += other.labels
         self.groups += other.groups
+        self.index += other.index
+        self.num_read += other.num_read
 
 
-def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_column: str | None = None) -> TaskRows:
-    """Checked rows of one file. A row that is broken or lacks text or label goes to `bad`.
+def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_column: str | None = None, first: int = 0) -> TaskRows:
+    """Checked rows of one file. A row that is broken or lacks text or label goes to `bad`. first: rows of the split in files before.
 
     Raises ValueError with file and row if a column is missing or a label is not one of the task's: then the whole file is in doubt.
     """
     parsed = TaskRows()
     checked = False
-    for number, row in rows:
+    for place, (number, row) in enumerate(rows, first):
+        parsed.num_read += 1
         if isinstance(row, BadRow):
             bad.add(file, number, row.reason)
             continue
@@ -110,13 +120,62 @@ def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_c
         parsed.texts.append(clean)
         parsed.labels.append(parse_label(task, label, file, number))
         parsed.groups.append(str(row.get(group_column)) if group_column else "\n".join(clean))
+        parsed.index.append(_index(row, place))
     return parsed
 
 
-def check_columns(task: Task, columns: Iterable[str], file: str) -> None:
+def parse_unlabelled(task: Task, rows: Iterable[Row], file: str, bad: BadRows, first: int = 0) -> TaskRows:
+    """All rows of one file of a test split; labels are not looked at. first: rows of the split in files before.
+
+    A submission must have every row, so none is left out: a text that cannot be read is empty, and its row goes to `bad`. Raises
+    ValueError with the file if a column of text is missing.
+    """
+    parsed = TaskRows()
+    checked = False
+    for place, (number, row) in enumerate(rows, first):
+        parsed.num_read += 1
+        texts: list[Any] = [""] * len(task.text_columns)
+        reason: str | None = None
+        if isinstance(row, BadRow):
+            reason, row = row.reason, {}
+        else:
+            if not checked:
+                check_columns(task, row, file, labelled=False)
+                checked = True
+            given = [row.get(column) for column in task.text_columns]
+            faults = [_text_fault(column, text) for column, text in zip(task.text_columns, given, strict=True)]
+            texts = ["" if fault else normalise(text) for text, fault in zip(given, faults, strict=True)]
+            reason = next(filter(None, faults), None)
+        if reason:
+            bad.add(file, number, f"{reason}: kept, with an empty text")
+        parsed.texts.append(tuple(texts))
+        parsed.index.append(_index(row, place))
+    return parsed
+
+
+def check_index(task: Task, split: str, rows: TaskRows) -> None:
+    """Raise ValueError unless a test split has rows and no two of them have the same number."""
+    if not len(rows):
+        raise ValueError(f"task {task.name}: no row in split {split}; expected GLUE's test rows, or no such split: remove its file")
+    number, count = Counter(rows.index).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"task {task.name}: {count} rows of split {split} have the number {number}; expected each once: "
+            "mend its column of numbers, or leave the column out"
+        )
+
+
+def _index(row: Mapping[str, Any], place: int) -> int:
+    try:
+        return int(row["idx"])
+    except (KeyError, TypeError, ValueError):
+        return place
+
+
+def check_columns(task: Task, columns: Iterable[str], file: str, labelled: bool = True) -> None:
     """Raise ValueError if `columns` lack one that the task reads."""
     present = list(columns)
-    for column in (*task.text_columns, task.label_column):
+    for column in (*task.text_columns, *((task.label_column,) if labelled else ())):
         if column not in present:
             shown = ", ".join(map(str, present[:12])) or "none"
             raise ValueError(
@@ -148,14 +207,16 @@ def parse_label(task: Task, value: Any, file: str, row: int) -> float:
 
 def _fault(task: Task, texts: tuple[Any, ...], label: Any) -> str | None:
     """Why a row cannot be used, or None."""
-    for column, text in zip(task.text_columns, texts, strict=True):
-        if not isinstance(text, str):
-            return f"{column} is missing" if text is None else f"{column} is {type(text).__name__}, not text"
-        if not is_valid_unicode(text):
-            return f"{column} holds half a surrogate pair"
-        if not normalise(text):
-            return f"{column} is empty"
-    return f"{task.label_column} is missing" if _is_missing(label) else None
+    faults = (_text_fault(column, text) for column, text in zip(task.text_columns, texts, strict=True))
+    return next(filter(None, faults), f"{task.label_column} is missing" if _is_missing(label) else None)
+
+
+def _text_fault(column: str, text: Any) -> str | None:
+    if not isinstance(text, str):
+        return f"{column} is missing" if text is None else f"{column} is {type(text).__name__}, not text"
+    if not is_valid_unicode(text):
+        return f"{column} holds half a surrogate pair"
+    return None if normalise(text) else f"{column} is empty"
 
 
 def _is_missing(label: Any) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fffsweep.pipeline.data.directory import corpus_files, task_files
+from fffsweep.pipeline.data.directory import corpus_files, task_files, unlabelled_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, fetch_wheels
 from fffsweep.pipeline.data.loading import DatasetsReader, Hub
-from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, parse_rows
+from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, parse_rows, parse_unlabelled
 from fffsweep.pipeline.data.tables import DataFile, Reader, content_hash, documents_of, rows_of
 from fffsweep.pipeline.data.wheels import Wheels, packages_for, texts_of
 from fffsweep.pipeline.tasks import Task
@@ -35,6 +35,10 @@ class Source(Protocol):
         """Rows of `train` and the task's validation splits."""
         ...
 
+    def test_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        """Rows of those of the task's test splits that are there, without labels."""
+        ...
+
     def documents(self) -> Iterator[Document]:
         """The corpus, in the same order in every run; documents held out as such come first."""
         ...
@@ -58,7 +62,7 @@ class TaskFiles:
     """Tasks that are read from files."""
 
     def __init__(self, config: PrepareConfig, reader: Reader) -> None:
-        self._files, self._reader = task_files(config), reader
+        self._files, self._tests, self._reader = task_files(config), unlabelled_files(config), reader
 
     def __contains__(self, task: Task) -> bool:
         return task.name in self._files
@@ -69,11 +73,23 @@ class TaskFiles:
         for split, files in self._files[task.name].items():
             splits[split] = TaskRows()
             for file in files:
-                splits[split].extend(parse_rows(task, rows_of(file, self._reader), file.name, bad))
+                rows = rows_of(file, self._reader)
+                splits[split].extend(parse_rows(task, rows, file.name, bad, first=splits[split].num_read))
+        return splits
+
+    def test_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        """Rows of each test split that is there."""
+        splits = {}
+        for split, files in self._tests.get(task.name, {}).items():
+            splits[split] = TaskRows()
+            for file in files:
+                rows = rows_of(file, self._reader)
+                splits[split].extend(parse_unlabelled(task, rows, file.name, bad, first=splits[split].num_read))
         return splits
 
     def describe(self) -> list[dict[str, Any]]:
-        return [_described(file) for splits in self._files.values() for files in splits.values() for file in files]
+        every = [*self._files.values(), *self._tests.values()]
+        return [_described(file) for splits in every for files in splits.values() for file in files]
 
 
 class WheelsSource:
@@ -86,6 +102,9 @@ class WheelsSource:
 
     def task_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
         return self._own.rows(task, bad) if task in self._own else self._wheels.task_rows(task, bad)
+
+    def test_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        return {}
 
     def documents(self) -> Iterator[Document]:
         for text in texts_of(self._config):
@@ -116,6 +135,9 @@ class DirectorySource:
     def task_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
         return self._tasks.rows(task, bad)
 
+    def test_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        return self._tasks.test_rows(task, bad)
+
     def documents(self) -> Iterator[Document]:
         for files, held_out in ((self._files.validation, True), (self._files.train, False)):
             for file in files:
@@ -137,6 +159,11 @@ class HubSource:
         if task in self._own or self._config.task_dataset is None:
             return self._own.rows(task, bad)
         return self._hub.task_rows(self._config.task_dataset, task, bad)
+
+    def test_rows(self, task: Task, bad: BadRows) -> dict[str, TaskRows]:
+        if task in self._own or self._config.task_dataset is None:
+            return {}
+        return self._hub.test_rows(self._config.task_dataset, task, bad)
 
     def documents(self) -> Iterator[Document]:
         for name in self._config.corpus:

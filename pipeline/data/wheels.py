@@ -9,6 +9,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ class Wheels:
                 return {split: _sts(archive, task, file, bad) for split, file in (("train", "train"), ("validation", "dev"))}
             if task.name == "mrpc-like":
                 # the official training pairs train, those of dev and test are reported
-                parts = [_paraphrases(_sts(archive, task, file, bad, genre="MSRpar")) for file in ("train", "dev", "test")]
-                parts[1].extend(parts[2])
-                return {"train": parts[0], "validation": parts[1]}
+                train, validation = (_sts(archive, task, file, bad, genre="MSRpar") for file in ("train", "dev"))
+                validation.extend(_sts(archive, task, "test", bad, genre="MSRpar", first=validation.num_read))
+                return {"train": _paraphrases(train), "validation": _paraphrases(validation)}
             readers = {"sst2-like": _snippets, "qnli-like": _privacy, "rte-like": _boolq}
             file, rows, group = readers[task.name](archive)
             train, validation = hold_out(parse_rows(task, rows, file, bad, group), _VALIDATION_SHARE, seed=0)
@@ -155,7 +156,7 @@ def _parts(paragraphs: list[str], size: int = 5000) -> Iterator[str]:
         yield "\n\n".join(part)
 
 
-def _sts(archive: zipfile.ZipFile, task: Task, file: str, bad: BadRows, genre: str | None = None) -> TaskRows:
+def _sts(archive: zipfile.ZipFile, task: Task, file: str, bad: BadRows, genre: str | None = None, first: int = 0) -> TaskRows:
     """One file of the STS benchmark: genre, source, year, number, score, two sentences, sometimes their origins; never quoted."""
     name = _STSB.format(file)
 
@@ -169,14 +170,14 @@ def _sts(archive: zipfile.ZipFile, task: Task, file: str, bad: BadRows, genre: s
             else:
                 yield number, {"sentence1": fields[5], "sentence2": fields[6], "label": fields[4]}
 
-    return parse_rows(_SCORED if genre is not None else task, rows(), name, bad)
+    return parse_rows(_SCORED if genre is not None else task, rows(), name, bad, first=first)
 
 
 _SCORED = Task("mrpc-like", "regression", 1, ("sentence1", "sentence2"), ("pearson",), label_range=(0.0, 5.0))
 
 
 def _paraphrases(rows: TaskRows) -> TaskRows:
-    return TaskRows(rows.texts, [float(score >= _PARAPHRASE_FROM) for score in rows.labels], rows.groups)
+    return replace(rows, labels=[float(score >= _PARAPHRASE_FROM) for score in rows.labels])
 
 
 def _answer(value: Any) -> str | None:

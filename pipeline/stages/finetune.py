@@ -35,6 +35,7 @@ class FinetuneRecipe(Settings):
     pooling: Literal["first", "mean"] = Field(default="first", description="what the head reads: the first token, or the mean over tokens")
     head_size: Count | None = Field(default=None, ge=1, description="width of the head; null for the model's hidden size")
     precision: Literal["float32", "bf16"] = "float32"
+    submission: bool = Field(default=True, description="predict the task's test splits, where they were prepared, for the GLUE server")
     keep_weights: bool = Field(default=False, description="keep the finetuned model as artifact")
     checkpoint_minutes: Number = Field(default=10.0, gt=0)
     cpus: Count = Field(default=1, ge=1, description="processor threads")
@@ -56,7 +57,9 @@ class FinetuneConfig(FinetuneRecipe):
 
 
 class Finetune:
-    """Artifacts: `curve.jsonl`, `predictions/<split>.tsv` as the GLUE server takes them, and `model/` with `keep_weights`.
+    """Artifacts: `curve.jsonl`, `predictions/<split>.tsv`, and `model/` with `keep_weights`.
+
+    A GLUE task's test splits are predicted too, where they were prepared: `predictions/SST-2.tsv` and so on, as the GLUE server takes them.
 
     Metrics of a split bear its name; `validation/primary` is the mean over a task's validation splits (MNLI has two).
     `data/complete` is 1 if all labelled rows of a GLUE task were there and used.

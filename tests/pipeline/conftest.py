@@ -56,7 +56,8 @@ def write_task(folder, task, sizes, rng):
             rows.append([2, *(words + len(SPECIAL)).tolist(), 3])
             labels.append(words[0] if task.kind == "regression" else words[0] % task.num_labels)
         label = pa.array(labels, pa.float32() if task.kind == "regression" else pa.int64())
-        write_batch(folder / f"{split}.arrow", {"input_ids": pa.array(rows, pa.list_(pa.uint16())), "label": label})
+        columns = {"input_ids": pa.array(rows, pa.list_(pa.uint16())), "index": pa.array(range(size), pa.int64()), "label": label}
+        write_batch(folder / f"{split}.arrow", columns)
     (folder / "task.json").write_text(json.dumps({"task": asdict(task)}))
 
 

@@ -80,13 +80,15 @@ def test_joined_texts_are_cut_as_transformers_cuts_them(num_first, num_second, l
 
 def test_rows_are_read_back(tmp_path):
     rows = [np.array(ids, dtype=np.uint16) for ids in ([2, 7, 3], [2, 3], [2, 9, 9, 9, 3])]
-    write_rows(rows, np.array([0.5, 1, 2], dtype=np.float32), tmp_path / "split.arrow")
+    columns = {"label": np.array([0.5, 1, 2], dtype=np.float32), "index": np.array([0, 1, 4])}
+    write_rows(rows, columns, tmp_path / "split.arrow")
     from fffsweep.pipeline.data.prepared import _split
 
     split = _split(tmp_path / "split.arrow")
     assert [ids.tolist() for ids in split.input_ids] == [ids.tolist() for ids in rows]
     assert split.labels.tolist() == [0.5, 1, 2]
     assert split.labels.dtype == np.float32
+    assert split.index.tolist() == [0, 1, 4]
     assert len(split) == 3
 
 

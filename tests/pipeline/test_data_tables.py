@@ -136,7 +136,7 @@ def test_rows_are_normalised_and_labels_are_numbers(tmp_path):
 def test_bad_rows_are_left_out_counted_and_listed(tmp_path, row, reason):
     good = {"one": "a", "two": "b", "label": 0}
     with BadRows(tmp_path / "bad.jsonl") as bad:
-        assert len(parsed([good, row, good, row], bad=bad)) == 2
+        assert parsed([good, row, good, row], bad=bad).index == [0, 2]
     assert bad.total == 2
     assert bad.summary()["counts"] == [{"file": "f", "reason": reason, "rows": 2}]
     listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
@@ -167,12 +167,15 @@ def test_a_missing_column_lists_those_there_are():
 
 
 def test_hold_out_is_by_group_and_depends_on_the_seed_alone():
-    rows = TaskRows([(f"t{i}",) for i in range(200)], [float(i % 2) for i in range(200)], [str(i // 4) for i in range(200)])
+    rows = TaskRows(
+        [(f"t{i}",) for i in range(200)], [float(i % 2) for i in range(200)], [str(i // 4) for i in range(200)], list(range(200))
+    )
     kept, held = hold_out(rows, 0.1, seed=0)
     assert len(held) == 20
     assert not set(kept.groups) & set(held.groups)
     assert sorted(kept.texts + held.texts) == sorted(rows.texts)
     assert kept.texts == [text for text in rows.texts if text in set(kept.texts)]
+    assert all(rows.texts[number] == text for number, text in zip(held.index, held.texts, strict=True))
     again = hold_out(rows.take(reversed(range(200))), 0.1, seed=0)
     assert set(again[1].texts) == set(held.texts)
     assert set(hold_out(rows, 0.1, seed=1)[1].texts) != set(held.texts)
@@ -180,6 +183,6 @@ def test_hold_out_is_by_group_and_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize(("num_rows", "num_groups", "num_held"), [(1, 1, 0), (2, 2, 1), (9, 1, 0), (3, 3, 1)])
 def test_hold_out_of_few_rows_never_takes_all(num_rows, num_groups, num_held):
-    rows = TaskRows([("t",)] * num_rows, [0.0] * num_rows, [str(i % num_groups) for i in range(num_rows)])
+    rows = TaskRows([("t",)] * num_rows, [0.0] * num_rows, [str(i % num_groups) for i in range(num_rows)], list(range(num_rows)))
     kept, held = hold_out(rows, 0.1, seed=0)
     assert (len(kept), len(held)) == (num_rows - num_held, num_held)

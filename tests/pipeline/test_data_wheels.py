@@ -107,6 +107,7 @@ def test_paraphrases_are_msrpar_from_three_and_a_half(wheels):
     assert splits["train"].texts == [("train a0", "b0"), ("train a1", "b1")]
     assert splits["train"].labels == [0, 1]
     assert [text[0] for text in splits["validation"].texts] == ["dev a0", "dev a1", "test a0", "test a1"]
+    assert len(set(splits["validation"].index)) == 4
 
 
 def test_snippets_are_split_by_content(wheels):
