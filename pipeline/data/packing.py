@@ -113,7 +113,7 @@ def write_rows(ids: Sequence[Ids], columns: Mapping[str, NDArray[Any]], target: 
 
     offsets = np.zeros(len(ids) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in ids], out=offsets[1:])
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)))
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([np.empty(0, dtype=np.uint16), *ids])))
     batch = pa.record_batch({"input_ids": column, **{name: pa.array(values) for name, values in columns.items()}})
     target.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:

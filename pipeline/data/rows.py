@@ -99,6 +99,7 @@ class TaskRows:
 def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_column: str | None = None, first: int = 0) -> TaskRows:
     """Checked rows of one file. A row that is broken or lacks text or label goes to `bad`. first: rows of the split in files before.
 
+    A row's group is its first text unless a column says it: pairs with one premise or question belong together, as equal rows do.
     Raises ValueError with file and row if a column is missing or a label is not one of the task's: then the whole file is in doubt.
     """
     parsed = TaskRows()
@@ -119,7 +120,7 @@ def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_c
         clean = tuple(normalise(str(text)) for text in texts)
         parsed.texts.append(clean)
         parsed.labels.append(parse_label(task, label, file, number))
-        parsed.groups.append(str(row.get(group_column)) if group_column else "\n".join(clean))
+        parsed.groups.append(str(row.get(group_column)) if group_column else clean[0])
         parsed.index.append(_index(row, place))
     return parsed
 

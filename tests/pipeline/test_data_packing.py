@@ -92,6 +92,13 @@ def test_rows_are_read_back(tmp_path):
     assert len(split) == 3
 
 
+def test_a_split_may_be_empty(tmp_path):
+    from fffsweep.pipeline.data.prepared import _split
+
+    write_rows([], {"label": np.empty(0, dtype=np.int64), "index": np.empty(0, dtype=np.int64)}, tmp_path / "split.arrow")
+    assert len(_split(tmp_path / "split.arrow")) == len(_split(tmp_path / "split.arrow").input_ids) == 0
+
+
 def test_sequences_index_as_lists_do():
     sequences = Sequences(np.array([0, 2, 2, 5]), np.arange(5))
     plain = [[0, 1], [], [2, 3, 4]]

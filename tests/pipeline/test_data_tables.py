@@ -181,6 +181,14 @@ def test_hold_out_is_by_group_and_depends_on_the_seed_alone():
     assert set(hold_out(rows, 0.1, seed=1)[1].texts) != set(held.texts)
 
 
+def test_pairs_with_one_first_text_stay_on_one_side():
+    premises = [f"premise {number}" for number in range(20)]
+    rows = parsed([{"one": premise, "two": f"claim {number}", "label": 0} for number in range(5) for premise in premises])
+    kept, held = hold_out(rows, 0.1, seed=0)
+    assert (len(kept), len(held)) == (90, 10)
+    assert {texts[0] for texts in kept.texts}.isdisjoint(texts[0] for texts in held.texts)
+
+
 @pytest.mark.parametrize(("num_rows", "num_groups", "num_held"), [(1, 1, 0), (2, 2, 1), (9, 1, 0), (3, 3, 1)])
 def test_hold_out_of_few_rows_never_takes_all(num_rows, num_groups, num_held):
     rows = TaskRows([("t",)] * num_rows, [0.0] * num_rows, [str(i % num_groups) for i in range(num_rows)], list(range(num_rows)))
