@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fffsweep.pipeline import optimisation
 from fffsweep.pipeline.data.prepared import PreparedData
-from fffsweep.pipeline.encoder_folder import CONVERTIBLE
+from fffsweep.pipeline.data.vocabulary import read_vocabulary, vocabulary_hash
+from fffsweep.pipeline.encoder_folder import CONVERTIBLE, vocabulary_of, vocabulary_path
 from fffsweep.pipeline.encoders import feedforward_halves, load_encoder
 from fffsweep.pipeline.masking import Reading
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
@@ -62,7 +63,7 @@ def record(config: ActivationsConfig, context: StageContext) -> Metrics:
             raise ValueError(
                 f"encoder: model type {model.config.model_type}: expected {' or '.join(CONVERTIBLE)}, whose layers can be exchanged"
             )
-        check_vocabulary(data, model)
+        check_vocabulary(data, model, config.encoder)
         metrics: Metrics = {}
         corpora = {"train": Reading(data.corpus("train"), context.seed), "validation": Reading(data.corpus("validation"), context.seed)}
         for split, wanted in (("train", config.distinct_tokens), ("validation", config.validation_tokens)):
@@ -74,13 +75,20 @@ def record(config: ActivationsConfig, context: StageContext) -> Metrics:
     return metrics
 
 
-def check_vocabulary(data: PreparedData, model: Any) -> None:
-    """Raise ValueError unless the prepared ids are the encoder's."""
-    found, expected = len(data.tokenizer()), int(model.config.vocab_size)
-    if found != expected:
-        raise ValueError(
-            f"vocabulary of {found} pieces: expected the encoder's of {expected}; set stages.prepare.vocabulary_file to its vocab.txt"
-        )
+def check_vocabulary(data: PreparedData, model: Any, encoder: str) -> None:
+    """Raise ValueError unless the prepared ids are the encoder's: the pieces are its own, or as many where it has no list of them.
+
+    An encoder may know more ids than it has pieces.
+    """
+    ids = data.tokenizer().get_vocab()
+    found, expected, own = len(ids), int(model.config.vocab_size), vocabulary_of(encoder)
+    mend = "set stages.prepare.vocabulary_file to its vocab.txt"
+    if own is not None:
+        pieces = read_vocabulary(vocabulary_path(own))
+        if vocabulary_hash(sorted(ids, key=ids.__getitem__)) != vocabulary_hash(pieces):
+            raise ValueError(f"vocabulary of {found} pieces: expected the encoder's own {len(pieces)}, which are others; {mend}")
+    if found > expected or (own is None and found < expected):
+        raise ValueError(f"vocabulary of {found} pieces: expected the encoder's of {expected}; {mend}")
 
 
 def _record_split(model: Any, reading: Reading, num_sequences: int, context: StageContext, folder: Path) -> None:

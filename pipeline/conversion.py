@@ -37,7 +37,7 @@ def convert(config: ConvertConfig, context: StageContext) -> Metrics:
     settings = config.model.feedforward
     with optimisation.reproducible(context.seed), optimisation.quiet_transformers():
         model = load_encoder(config.encoder)
-        check_vocabulary(data, model)
+        check_vocabulary(data, model, config.encoder)
         metrics: Metrics = {"ff/width": settings.width, "ff/active_width": settings.active_width}
         if settings.variant not in WITHOUT_ACTIVATIONS:
             run = Distillation(config, context)
@@ -52,7 +52,8 @@ def convert(config: ConvertConfig, context: StageContext) -> Metrics:
         model.save_pretrained(context.output / "model")
         data.tokenizer().save_pretrained(context.output / "model")
     metrics["params/total"] = sum(each.numel() for each in model.parameters())
-    return metrics | {"params/feedforward": _feedforward_parameters(model)} | memory_metrics(context.device)
+    metrics["params/feedforward"] = _feedforward_parameters(model, settings.width)
+    return metrics | memory_metrics(context.device)
 
 
 @dataclass
@@ -174,5 +175,11 @@ class Distillation:
         return last | {"distill/tokens": tokens, "time/train_s": at.elapsed_s, "time/tokens_per_s": tokens / at.elapsed_s}
 
 
-def _feedforward_parameters(model: PreTrainedModel) -> int:
-    return sum(each.numel() for halves in feedforward_halves(model) for half in halves for each in half.parameters())
+def _feedforward_parameters(model: PreTrainedModel, width: int) -> int:
+    """Parameters of the feedforward layers; of an encoder that is not built as BERT, those of its maps between hidden size and `width`."""
+    if hasattr(model, "encoder") and hasattr(model.encoder, "layer"):
+        layers: list[nn.Module] = [half for halves in feedforward_halves(model) for half in halves]
+    else:
+        sizes = sorted((model.config.hidden_size, width))
+        layers = [each for each in model.modules() if isinstance(each, nn.Linear) and sorted(each.weight.shape) == sizes]
+    return sum(each.numel() for layer in layers for each in layer.parameters())

@@ -31,6 +31,9 @@ from fffsweep.pipeline.model import FffConfig, FffForSequenceClassification, Pen
 from fffsweep.pipeline.model_settings import FeedForward
 from fffsweep.pipeline.variants import make_feedforward
 
+# of embeddings, layers and head; DistilBERT has the latter two
+_DROPOUTS = ("hidden_dropout_prob", "dropout", "seq_classif_dropout")
+
 
 class HeadSettings(Protocol):
     """Fields of a recipe that `load_classifier` reads."""
@@ -149,9 +152,10 @@ def converted(model: PreTrainedModel, settings: FeedForward) -> ConvertedModel:
 def load_classifier(folder: Path, num_labels: int, recipe: HeadSettings) -> PreTrainedModel:
     """Classifier on the encoder of a `model/` folder. Our own takes all of `recipe`; another keeps its own head and attention dropout.
 
-    Raises ValueError for pooling or head_size where the head is the encoder's own.
+    Raises ValueError for pooling or head_size where the head is the encoder's own, and for an encoder whose dropout cannot be set.
     """
-    if isinstance(AutoConfig.from_pretrained(folder), FffConfig):
+    config = AutoConfig.from_pretrained(folder)
+    if isinstance(config, FffConfig):
         return FffForSequenceClassification.from_pretrained(
             folder, num_labels=num_labels, hidden_dropout_prob=recipe.dropout, pooling=recipe.pooling, head_size=recipe.head_size
         )
@@ -160,8 +164,11 @@ def load_classifier(folder: Path, num_labels: int, recipe: HeadSettings) -> PreT
             f"pooling={recipe.pooling}, head_size={recipe.head_size}: an existing encoder is finetuned with its own head; "
             "expected first and null: leave both out"
         )
+    dropouts = [name for name in _DROPOUTS if hasattr(config, name)]
+    if not dropouts:
+        raise ValueError(f"model type {config.model_type}: its config has none of {', '.join(_DROPOUTS)}; expected one to set dropout by")
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=num_labels, hidden_dropout_prob=recipe.dropout, dtype=torch.float32
+        folder, num_labels=num_labels, dtype=torch.float32, **dict.fromkeys(dropouts, recipe.dropout)
     )
     return model
 

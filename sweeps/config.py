@@ -79,7 +79,7 @@ class SweepConfig(Settings):
             given, lacking = ("depth", "width: ~4095") if self.width is None else ("width", "depth: [0, 4, 8]")
             raise Misfit(f"{given} alone: expected depth and width together; add {lacking}", given)
         for field, values in (("layouts", self.layouts), ("depth", self.depth)):
-            if values is not None and len(values) == 0:
+            if values is not None and len(values) == 0 and not (field == "layouts" and self._is_of_controls_alone):
                 raise Misfit(
                     f"{field}=[]: the space is empty; expected at least one, such as {'1x11' if field == 'layouts' else '11'}", field
                 )
@@ -97,6 +97,11 @@ class SweepConfig(Settings):
                 layout_of_width(depth, self.target_width)
             except ValueError as error:
                 raise Misfit(str(error), "depth", index) from None
+
+    @property
+    def _is_of_controls_alone(self) -> bool:
+        """Whether nothing but an encoder as it is, and other controls, is asked for."""
+        return self.stages.convert is not None and "unchanged" in self.controls and self.search is None
 
     def _check_controls(self) -> None:
         for index, text in enumerate(self.controls):

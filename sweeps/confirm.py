@@ -33,7 +33,7 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_seeds: in
             **config,
             "name": confirming_name(study["name"], trial["id"]),
             "description": f"Trial {trial['id']} of {study['name']} on fresh seeds, before it is picked",
-            "layouts": [layout],
+            "layouts": [] if config["layouts"] == [] else [layout],  # an encoder that is left as it is may be all there is
             "depth": None,
             "width": None,
             "search": None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from fffsweep.pipeline.data.directory import corpus_files, task_files, unlabelled_files
 from fffsweep.pipeline.data.fetch import WHEELS, cache_folder, check_obtainable
 from fffsweep.pipeline.data.rows import check_columns, check_labels
 from fffsweep.pipeline.data.tables import DataFile, check_file, columns_of, content_hash, labels_of
 from fffsweep.pipeline.data.wheels import packages_for
+from fffsweep.pipeline.encoder_folder import vocabulary_path
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stages.prepare import PrepareConfig
 from fffsweep.pipeline.tasks import Task
@@ -41,7 +41,7 @@ def check(config: PrepareConfig) -> None:
     if config.vocabulary_file is not None:
         from fffsweep.pipeline.data.vocabulary import read_vocabulary
 
-        read_vocabulary(Path(config.vocabulary_file))
+        read_vocabulary(vocabulary_path(config.vocabulary_file))
 
 
 def fingerprint(config: PrepareConfig) -> str:
@@ -63,7 +63,7 @@ def fingerprint(config: PrepareConfig) -> str:
         name: {split: [content_hash(file.path) for file in files] for split, files in splits.items()} for name, splits in tests
     }
     if config.vocabulary_file is not None:
-        content["vocabulary"] = content_hash(Path(config.vocabulary_file))
+        content["vocabulary"] = content_hash(vocabulary_path(config.vocabulary_file))
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

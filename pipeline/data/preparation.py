@@ -18,6 +18,7 @@ from fffsweep.pipeline.data.rows import BadRows, TaskRows, check_index, hold_out
 from fffsweep.pipeline.data.sources import open_source
 from fffsweep.pipeline.data.text import HeldOutSentences
 from fffsweep.pipeline.data.vocabulary import Encoder, make_tokenizer, read_vocabulary, save_tokenizer, train_vocabulary
+from fffsweep.pipeline.encoder_folder import vocabulary_path
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.tasks import Task
 
@@ -103,7 +104,7 @@ def _held_out_texts(tasks: tuple[Task, ...], rows: dict[str, dict[str, TaskRows]
 
 def _tokenizer(config: PrepareConfig, corpus: CleanCorpus) -> Tokenizer:
     if config.vocabulary_file is not None:
-        pieces = read_vocabulary(Path(config.vocabulary_file))
+        pieces = read_vocabulary(vocabulary_path(config.vocabulary_file))
     else:
         pieces = train_vocabulary(Lines(corpus.train, _VOCABULARY_BYTES), config.vocabulary_size, config.lowercase)
     return make_tokenizer(pieces, config.lowercase)

@@ -7,6 +7,8 @@ trained on the corpus (Geiping & Goldstein 2022, arXiv 2212.14034).
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -56,9 +58,10 @@ def train_vocabulary(texts: Iterable[str], size: int, lowercase: bool) -> list[s
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Pieces of a vocab.txt, line number = id. Raises ValueError with file and line if it cannot serve."""
+    """Pieces of a vocab.txt, line number = id, or of a tokenizer.json. Raises ValueError with file and line if it cannot serve."""
     try:
-        pieces = path.expanduser().read_text(encoding="utf-8").rstrip("\n").split("\n")
+        text = path.expanduser().read_text(encoding="utf-8")
+        pieces = _pieces_of_json(text) if path.suffix == ".json" else text.rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ValueError(f"vocabulary_file: {path}: {reason}; expected a vocab.txt with one piece a line") from None
@@ -70,6 +73,16 @@ def read_vocabulary(path: Path) -> list[str]:
         line = max(number for number, piece in enumerate(pieces, 1) if piece == repeated[0])
         raise ValueError(f"vocabulary_file: {path}, line {line}: {repeated[0]!r} is empty or given twice; expected every piece once")
     return pieces
+
+
+def vocabulary_hash(pieces: Sequence[str]) -> str:
+    """SHA-256 of a vocabulary: equal for equal pieces in equal order, whatever file they come from."""
+    return hashlib.sha256("\n".join(pieces).encode()).hexdigest()
+
+
+def _pieces_of_json(text: str) -> list[str]:
+    ids: dict[str, int] = json.loads(text)["model"]["vocab"]
+    return sorted(ids, key=ids.__getitem__)
 
 
 def make_tokenizer(pieces: list[str], lowercase: bool) -> Tokenizer:

@@ -27,6 +27,7 @@ _SOURCES = (
     "pipeline/data/rows.py",
     "pipeline/data/tables.py",
     "pipeline/data/text.py",
+    "pipeline/data/vocabulary.py",
     *MODEL_SOURCES,
 )
 WITHOUT_ACTIVATIONS = ("unchanged", "none")  # variants with nothing to train
@@ -78,7 +79,7 @@ class ConvertRecipe(ActivationsConfig):
 
 
 class ConvertConfig(ConvertRecipe):
-    """The recipe and the model; `model.feedforward` is the new layer, variant `unchanged` keeps the encoder as it is."""
+    """The recipe and the model; `model.feedforward` is the new layer, variant `unchanged` keeps the encoder, of whatever type, as it is."""
 
     model: ModelSettings
 

@@ -105,8 +105,10 @@ class PrepareConfig(Settings):
     selection_share: Number = Field(default=0.1, gt=0, lt=0.5, description="share of a task's training rows held out to select by")
     sequence_length: Count = Field(default=128, ge=8, description="tokens of a sequence")
     vocabulary_size: Count = Field(default=32768, ge=256, description="of the WordPiece vocabulary to train, special tokens included")
-    vocabulary_file: str | None = Field(default=None, description="a vocab.txt to load instead of training one")
-    lowercase: bool = True
+    vocabulary_file: str | None = Field(
+        default=None, description="a vocab.txt to load, or owner/name@revision of a hub's encoder; null trains one"
+    )
+    lowercase: bool = Field(default=True, description="with stages.convert: by default as the encoder's tokenizer does")
 
     @model_validator(mode="after")
     def _consistent(self) -> PrepareConfig:
@@ -187,6 +189,7 @@ class Prepare:
         "pipeline/data/text.py",
         "pipeline/data/vocabulary.py",
         "pipeline/data/wheels.py",
+        "pipeline/encoder_folder.py",
         "pipeline/tasks.py",
     )
     Config: ClassVar[type[Settings]] = PrepareConfig
