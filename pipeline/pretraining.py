@@ -38,8 +38,6 @@ def pretrain(config: PretrainConfig, context: StageContext) -> Metrics:
     with optimisation.reproducible(context.seed):
         run = Pretraining(config, context)
         run.resume()
-        if workers.rank():
-            torch.manual_seed(hash((context.seed, run.at.step, workers.rank())))  # else all would drop the same places
         run.train()
         return run.publish() if workers.rank() == 0 else {}
 
@@ -146,11 +144,12 @@ class Pretraining:
         at, asked = self.at, time.monotonic()
         while (spent := self._spent()) < until:
             begun = time.monotonic()
+            workers.seed_step(self.context.seed, at.step)
             loss, norm, rate = self._step(spent)
             self.guard.check(at.step, loss, *at.window_penalties[-1:])
             now = time.monotonic()
             stop = False
-            if workers.rank() == 0 and now - asked > STOP_POLL_S:
+            if now - asked > STOP_POLL_S:
                 asked, stop = now, self.context.stop_requested()
             took_s, stop_all = workers.agree([now - begun, stop], self.context.device)
             at.elapsed_s += took_s
