@@ -205,7 +205,10 @@ def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: P
     take_fate(fate)  # an earlier attempt's, which no driver lived to read
     drained = yield_path(stop_file, ray.get_runtime_context().get_node_id())
     terminated = threading.Event()
-    shared = {"run_stage": on_workers(resources, NOT_BENCH if any(map(_is_bench, ray.nodes())) else None)} if resources.workers > 1 else {}
+    shared = {}
+    if resources.workers > 1:
+        where = NOT_BENCH if any(map(_is_bench, ray.nodes())) else None
+        shared["run_stage"] = on_workers(resources, where, functools.partial(yield_path, stop_file))
     begun = threading.Timer(_BEGUN_S, report, [{}])
     begun.daemon = True
     begun.start()
@@ -230,4 +233,5 @@ def _ray_attempt(run: StageRun, resources: Resources, store: Store, stop_file: P
         leave_fate(fate, "preempted", "its process was asked to end, and it saved itself")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
-    return Event(run.key, "failed", worker=worker, fault="preempted", message="its node is being drained, and it saved itself")
+    why = "its node is being drained" if resources.workers == 1 else "one of its workers has to go"
+    return Event(run.key, "failed", worker=worker, fault="preempted", message=f"{why}, and it saved itself")

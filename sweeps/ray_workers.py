@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable
@@ -18,18 +19,22 @@ from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Metrics, Resources, Stage, StageContext, StopRequested, get_stage
 
 _POLL_S = 0.5
+_TERMINATED = threading.Event()  # of a worker's process
 
 
-def on_workers(resources: Resources, label_selector: dict[str, str] | None) -> Callable[[Stage, Settings, StageContext], Metrics]:
-    """What `execute` is to call in the place of a stage's `run`.
+def on_workers(
+    resources: Resources, label_selector: dict[str, str] | None, yield_flag: Callable[[str], Path]
+) -> Callable[[Stage, Settings, StageContext], Metrics]:
+    """What `execute` is to call in the place of a stage's `run`. yield_flag: file that says that the node of this id is being drained.
 
-    It raises StopRequested if the workers were asked to stop and saved themselves, ConnectionError if one of them died, and a stage's own
-    error as RuntimeError with its traceback.
+    One worker that gets SIGTERM, or whose node is being drained, has all of them save themselves. It raises StopRequested if the workers
+    were asked to stop and saved themselves, ConnectionError if one of them died, and a stage's own error as RuntimeError with its
+    traceback.
     """
 
     def run_stage(stage: Stage, config: Settings, context: StageContext) -> Metrics:
         from ray.train import RunConfig, ScalingConfig, WorkerGroupError
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
         aside = context.output.parent
         stop, answer = aside / "stop", aside / "answer.json"
@@ -38,6 +43,7 @@ def on_workers(resources: Resources, label_selector: dict[str, str] | None) -> C
             "config": config.resolved(),
             "context": replace(context, stop_requested=stop.exists),
             "answer": answer,
+            "yield_flag": yield_flag,
         }
         where: dict[str, Any] = {} if label_selector is None else {"label_selector": label_selector}
         per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
@@ -50,7 +56,7 @@ def on_workers(resources: Resources, label_selector: dict[str, str] | None) -> C
                 resources_per_worker=per_worker,
                 **where,
             ),
-            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            torch_config=_heedful("nccl" if resources.gpus else "gloo"),
             run_config=RunConfig(name="train", storage_path=str(aside)),
         )
         with _Watching(context.stop_requested, stop) as watching:
@@ -103,13 +109,42 @@ class _Watching:
             raise self._error
 
 
+def _heedful(backend: str) -> Any:
+    """Ray's TorchConfig, whose workers take SIGTERM as a request to stop.
+
+    Ray Train trains in a second thread of each process, and Python lets the first one alone set handlers: that one starts the backend.
+    """
+    from ray.train.torch import TorchConfig
+
+    base: Any = TorchConfig().backend_cls
+
+    class Backend(base):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_heed_sigterm)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend=backend)
+
+
+def _heed_sigterm() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: _TERMINATED.set())
+
+
 def _work(told: dict[str, Any]) -> None:
     """One worker's part. Worker 0 leaves the answer."""
+    import ray
     import torch
 
     from fffsweep.pipeline import workers
 
     context: StageContext = told["context"]
+    asked, drained = context.stop_requested, told["yield_flag"](ray.get_runtime_context().get_node_id())
+    context = replace(context, stop_requested=lambda: _TERMINATED.is_set() or drained.exists() or asked())
     torch.set_num_threads(context.threads)
     if context.device == "cuda":
         from ray.train.torch import get_device
