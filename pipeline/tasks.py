@@ -45,8 +45,9 @@ _ENTAILMENT = ("entailment", "not_entailment")
 
 
 def _classes(name: str, columns: tuple[str, ...], metrics: tuple[str, ...], submission: str = "", names: tuple[str, ...] = ()) -> Task:
-    num_labels, tests = len(names) or 2, {"test_splits": ("test",), "submission_names": (submission,)} if submission else {}
-    return Task(name, "classification", num_labels, columns, metrics, label_names=names, **tests)
+    tests, submissions = (("test",), (submission,)) if submission else ((), ())
+    num_labels = len(names) or 2
+    return Task(name, "classification", num_labels, columns, metrics, label_names=names, test_splits=tests, submission_names=submissions)
 
 
 _TASKS = (

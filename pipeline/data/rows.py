@@ -17,6 +17,7 @@ from fffsweep.pipeline.tasks import Task
 
 Row = tuple[int, "Mapping[str, Any] | BadRow"]
 _LISTED = 50
+_MOST = 2**63  # numbers of rows are kept as int64
 
 
 @dataclass(frozen=True)
@@ -129,28 +130,31 @@ def parse_unlabelled(task: Task, rows: Iterable[Row], file: str, bad: BadRows, f
     """All rows of one file of a test split; labels are not looked at. first: rows of the split in files before.
 
     A submission must have every row, so none is left out: a text that cannot be read is empty, and its row goes to `bad`. Raises
-    ValueError with the file if a column of text is missing.
+    ValueError with the file if a column of text is missing, or if a row's number cannot be known.
     """
     parsed = TaskRows()
-    checked = False
+    checked, unread = False, ""
     for place, (number, row) in enumerate(rows, first):
         parsed.num_read += 1
         texts: list[Any] = [""] * len(task.text_columns)
         reason: str | None = None
         if isinstance(row, BadRow):
             reason, row = row.reason, {}
+            unread = unread or f"row {number}: {reason}"
         else:
             if not checked:
                 check_columns(task, row, file, labelled=False)
                 checked = True
             given = [row.get(column) for column in task.text_columns]
             faults = [_text_fault(column, text) for column, text in zip(task.text_columns, given, strict=True)]
-            texts = ["" if fault else normalise(text) for text, fault in zip(given, faults, strict=True)]
+            texts = ["" if fault else normalise(str(text)) for text, fault in zip(given, faults, strict=True)]
             reason = next(filter(None, faults), None)
         if reason:
             bad.add(file, number, f"{reason}: kept, with an empty text")
         parsed.texts.append(tuple(texts))
         parsed.index.append(_index(row, place))
+    if unread and parsed.index != list(range(first, first + len(parsed))):
+        raise ValueError(f"{file}, {unread}: its number is not known, since rows here are not numbered by their place; mend the row")
     return parsed
 
 
@@ -168,9 +172,10 @@ def check_index(task: Task, split: str, rows: TaskRows) -> None:
 
 def _index(row: Mapping[str, Any], place: int) -> int:
     try:
-        return int(row["idx"])
-    except (KeyError, TypeError, ValueError):
+        number = int(row["idx"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return place
+    return number if -_MOST <= number < _MOST else place
 
 
 def check_columns(task: Task, columns: Iterable[str], file: str, labelled: bool = True) -> None:

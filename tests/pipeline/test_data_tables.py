@@ -119,6 +119,13 @@ def test_rows_are_normalised_and_labels_are_numbers(tmp_path):
     assert scores.labels == [4.25]
 
 
+def test_a_row_s_number_is_its_column_or_its_place():
+    good = {"one": "a", "two": "b", "label": 0}
+    numbers = (7, "12", 3.0, "x", None, float("inf"), float("nan"), 2**63, -(2**63))
+    assert parsed([{**good, "idx": number} for number in numbers]).index == [7, 12, 3, 3, 4, 5, 6, 7, -(2**63)]
+    assert parsed([good, good]).index == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

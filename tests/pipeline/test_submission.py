@@ -224,6 +224,14 @@ def test_a_row_that_cannot_be_read_keeps_its_place(corpus, tmp_path):
     assert "kept, with an empty text" in (data / "bad_rows.jsonl").read_text()
 
 
+def test_a_row_whose_number_cannot_be_known_is_refused(corpus, tmp_path):
+    folder = schema(shutil.copytree(corpus / "corpus", tmp_path / "data" / "corpus").parent, [{**ROW, "idx": n} for n in (9, 8, 7, 6)])
+    with (folder / "rte" / "test-00000.jsonl").open("a") as file:
+        file.write("{no json\n")
+    with pytest.raises(ValueError, match=r"rte/test-00000.jsonl, row 3: no JSON.*its number is not known"):
+        prepared(folder, tmp_path / "run", ["rte"], validation_share=0.2)
+
+
 def test_rows_left_out_do_not_shift_the_numbers_of_others(corpus, tmp_path, tuned):
     folder = schema(shutil.copytree(corpus / "corpus", tmp_path / "data" / "corpus").parent, [])
     write_jsonl(folder / "rte" / "validation.jsonl", [{**ROW, "label": 0}, {**ROW, "sentence1": "", "label": 0}, {**ROW, "label": 1}])
