@@ -11,9 +11,10 @@ import pytest
 from fffsweep.pipeline.data import check
 from fffsweep.pipeline.data.planning import fingerprint
 from fffsweep.pipeline.data.prepared import PreparedData
+from fffsweep.pipeline.data.rows import BadRows, hold_out, parse_rows
 from fffsweep.pipeline.stage import StageContext, get_stage
 from fffsweep.pipeline.stages.prepare import PrepareConfig
-from fffsweep.pipeline.tasks import GLUE_TASKS
+from fffsweep.pipeline.tasks import GLUE_TASKS, TASKS
 
 DATA = Path(os.environ.get("FFFSWEEP_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 ROWS = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277), "wnli": (635, 71)}
@@ -52,6 +53,26 @@ def test_genuine_tasks_and_text_are_prepared(tmp_path):
     assert metrics["data/vocabulary_size"] == 30522
     assert data.description()["corpus"]["documents_read"] == 16_218 + 685
     assert data.tokenizer().decode(data.task("rte").splits["validation"].input_ids[0]).startswith("[CLS] dana reeve")
+
+
+@pytest.mark.shared_data
+def test_selection_rows_of_sst2_share_phrases_with_training_rows():
+    """What docs/data.md says of them: of rows of five words and more, the share with five in a row that a training row has too."""
+    import pyarrow.parquet as pq
+
+    def read(split):
+        rows = pq.read_table(DATA / "glue" / "sst2" / f"{split}.parquet").to_pylist()
+        return parse_rows(TASKS["sst2"], enumerate(rows, 1), split, BadRows())
+
+    def runs(rows):
+        return [{tuple(words[at : at + 5]) for at in range(len(words) - 4)} for (text,) in rows.texts if len(words := text.split()) > 4]
+
+    train, selection = hold_out(read("train"), 0.1, seed=0)
+    known = set().union(*runs(train))
+    shares = [sum(not known.isdisjoint(each) for each in runs(rows)) / len(runs(rows)) for rows in (selection, read("validation"))]
+    print("share of rows with a phrase of the training rows: selection {:.2f}, validation {:.2f}".format(*shares))
+    assert shares[0] > 0.95
+    assert shares[1] < 0.2
 
 
 MEASURE = """
