@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fffsweep.pipeline.tasks import Task
@@ -128,6 +129,8 @@ def _split(path: Path) -> Split:
 def _rows(batch: pa.RecordBatch) -> tuple[Sequences, NDArray[Any]]:
     column = batch.column("input_ids")
     ids = Sequences(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True))
+    if "index" not in batch.schema.names:  # stage prepare of version 1, whose results an older study still reads
+        return ids, np.arange(len(ids))
     return ids, batch.column("index").to_numpy(zero_copy_only=True)
 
 

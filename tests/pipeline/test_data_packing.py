@@ -92,6 +92,14 @@ def test_rows_are_read_back(tmp_path):
     assert len(split) == 3
 
 
+def test_rows_of_an_older_result_are_numbered_by_place(tmp_path):
+    from fffsweep.pipeline.data.prepared import _split
+
+    rows = [np.array(ids, dtype=np.uint16) for ids in ([2, 7, 3], [2, 3])]
+    write_rows(rows, {"label": np.array([0, 1])}, tmp_path / "split.arrow")
+    assert _split(tmp_path / "split.arrow").index.tolist() == [0, 1]
+
+
 def test_a_split_may_be_empty(tmp_path):
     from fffsweep.pipeline.data.prepared import _split
 
