@@ -26,23 +26,24 @@ class Patience:
         self._refused = False
 
     def insist(self, what: str, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
-        """What `call` gives, tried again with growing waits for as long as it takes: without it there is no going on."""
+        """What `call` gives or raises, tried again with growing waits for as long as it takes: without it there is no going on."""
         wait_s, lost = _FIRST_WAIT_S, False
         while True:
+            refused = False
             try:
-                result = call(*arguments, **named)
+                return call(*arguments, **named)
             except OSError as error:
                 if not of_the_machine(error):
                     raise
+                refused = True
                 if not lost:
                     self._say(mask(f"{what}: {error}; the sweep waits for it"))
-                lost = True
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            else:
-                if lost:
+            finally:
+                if lost and not refused:
                     self._say(f"{what}: it answers again")
-                return result
+            lost = True
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     @contextlib.contextmanager
     def tolerating(self) -> Iterator[None]:
