@@ -157,7 +157,9 @@ def _parse(arguments: list[str]) -> list[argparse.Namespace]:
     suite = parser.parse_args(arguments).suite
     groups = [parser.parse_args([*group, *arguments]) for group in (SUITES[suite] if suite else [[]])]
     for name in groups[0].implementation:
-        registry.find(name)
+        found = registry.find(name)
+        if reason := f"it is a {found.role} form" if found.role != "cmm" else found.unavailable():
+            raise ValueError(f"--implementation {name}: {reason}; expected forms of CMM that can run here, or leave it out")
     if groups[0].runs < 1:
         raise ValueError(f"--runs {groups[0].runs}: expected an integer >= 1")
     return groups
@@ -304,10 +306,9 @@ def _line(case: Case, best: dict[str, Any] | None) -> str:
     if best is None:
         return head + "no verified implementation"
     noisy = ", noisy" if best["noisy"] else ""
-    return head + (
-        f"{best['implementation']} {best['ns_per_token']:,.0f} ns a token, {best['speedup_vs_torch_dense']:.1f}x torch dense float32, "
-        f"{best['speedup_vs_best_dense']:.1f}x {best['best_dense']}{noisy}"
-    )
+    told = f"{best['implementation']} {best['ns_per_token']:,.0f} ns a token, {best['speedup_vs_torch_dense']:.1f}x torch dense float32"
+    alike = f", {best['speedup_vs_best_dense']:.1f}x {best['best_dense']}" if best["best_dense"] else ", no dense layer of the dtype"
+    return head + told + alike + noisy
 
 
 if __name__ == "__main__":

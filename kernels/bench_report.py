@@ -81,7 +81,7 @@ def peak_macs_per_ns(dtype: str, threads: int) -> float | None:
     """
     if dtype == "int8":
         return None
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    kind = getattr(torch, dtype)
     size = 1024
     a, b = (torch.randn(size, size).to(kind) for _ in range(2))
     before = torch.get_num_threads()
@@ -158,7 +158,7 @@ def _table_row(row: Row) -> str:
     cells += [
         f"{row['ns_per_token']:,.0f} ({row['q20']:,.0f}-{row['q80']:,.0f})",
         f"{row['speedup_vs_torch_dense']:.1f}x",
-        f"{row['speedup_vs_best_dense']:.1f}x {row['best_dense']}",
+        f"{row['speedup_vs_best_dense']:.1f}x {row['best_dense']}" if row["best_dense"] else "-",
         "-" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.0%}",
         str(row["path_flips"]),
         "yes" if row["noisy"] else "no",

@@ -21,7 +21,7 @@ def candidates(
     weights: LayerWeights, dtype: torch.dtype, *, backward: bool = False, variants: bool = False, slow: bool = False, device: str = "cpu"
 ) -> list[Implementation]:
     """Implementations that can run these weights in `dtype` on `device`; forced `variants` and `slow` ones only on demand."""
-    applicable = registry.applicable(weights.to(dtype), dtype, device, backward=backward)
+    applicable = registry.applicable(weights, dtype, device, backward=backward)
     return [each for each in applicable if (variants or each.variant_of is None) and (slow or not each.slow)]
 
 
@@ -38,15 +38,17 @@ def passes(
     """Verdict on an implementation that computes all of x [tokens, hidden] in `dtype` on `device`, as it does when it is timed.
 
     Held against the reference are some of the tokens, wherever they stand in the batch, every other one of them replaced by a fresh
-    random one of the same scale. Where the batch is one token, each of them is a call. Their number keeps the reference below
-    `GATE_NODES` rows.
+    random one of the same scale. Where the batch is one token, that and fresh ones are held, each by a call. Their number keeps the
+    reference below `GATE_NODES` rows.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     count = max(2, min(GATE_TOKENS, GATE_NODES // weights.shape.active_width))
-    places = torch.randperm(len(x), generator=generator)[:count] if len(x) > 1 else torch.zeros(count, dtype=torch.int64)
-    held = x[places].float()
-    held[1::2] = x.float().std(unbiased=False) * torch.randn(len(held) // 2, weights.hidden, generator=generator)
-    timed = amid(each, x.to(device, dtype), places.to(device)) if len(x) > 1 else one_by_one(each)
+    alone = len(x) == 1
+    places = torch.zeros(count, dtype=torch.int64) if alone else torch.randperm(len(x), generator=generator)[:count]
+    held = x[places.to(x.device)].float().cpu()
+    fresh = held[1 :: 1 if alone else 2]
+    fresh.copy_(float(x.float().std(unbiased=False)) * torch.randn(fresh.shape, generator=generator))
+    timed = one_by_one(each) if alone else amid(each, x.to(device, dtype), places.to(device))
     exact = None if dtype in (torch.float32, torch.float64) else weights
     return verify(timed, weights.to(dtype).on(device), held.to(device, dtype), backward=backward, exact=exact)
 

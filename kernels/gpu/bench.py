@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from fffsweep.kernels import bench_report, registry
-from fffsweep.kernels.gate import GATE_NODES, GATE_TOKENS, amid
+from fffsweep.kernels.gate import passes
 from fffsweep.kernels.gpu import availability, timing
 from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import LayerWeights, random_layer
 from fffsweep.kernels.measure import layer_call
 from fffsweep.kernels.registry import Implementation
 from fffsweep.kernels.shape import TreeShape, parse_layout
-from fffsweep.kernels.verify import verify
 
 SCHEMA = 1
 DEVICE = "cuda"
@@ -128,10 +127,7 @@ def run_case(layout: str, hidden: int, tokens: int, dtype: str, direction: str, 
 def _gated(
     each: Implementation, weights: LayerWeights, exact: LayerWeights, x: Tensor, direction: str, options: argparse.Namespace
 ) -> tuple[Row, Callable[[], object] | None]:
-    """Row without times, and the call to time if the implementation passed the gate on fresh random tokens in the midst of x."""
-    generator = torch.Generator().manual_seed(time.time_ns() % (1 << 62))
-    places = torch.randperm(len(x), generator=generator)[: max(2, min(GATE_TOKENS, GATE_NODES // weights.shape.active_width))]
-    fresh = torch.randn(len(places), x.shape[1], generator=generator).to(x)
+    """Row without times, and the call to time if the implementation passed the gate, by other tokens each time."""
     dtype = "tf32" if each.tf32 else str(x.dtype).removeprefix("torch.")
     row = {
         "suite": "gpu",
@@ -143,7 +139,7 @@ def _gated(
         "implementation": each.name,
     }
     try:
-        verdict = verify(amid(each, x, places.to(x.device)), weights, fresh, backward=direction == "train", exact=exact)
+        verdict = passes(each, exact, x, x.dtype, backward=direction == "train", seed=time.time_ns() % (1 << 62), device=DEVICE)
         row |= {"verified": verdict.verified, "path_flips": verdict.path_flips, "worst": verdict.worst, "reason": verdict.reason}
         call = layer_call(each, [weights], [x], direction) if verdict.verified else None
         if call is not None:

@@ -78,6 +78,20 @@ def test_the_yardstick_is_timed_however_slow_its_first_call(monkeypatch: pytest.
     assert any(row["best"] for row in rows)
 
 
+def test_a_dtype_without_a_dense_layer_is_told(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:
+    without = tuple(each for each in registry.IMPLEMENTATIONS if each.name != "torch_int8_dynamic")
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", without)
+    arguments = ["--layout", "1x2", "--hidden", "16", "--tokens", "4", "--dtype", "float64,int8", "--min-time", "0.01"]
+    code = bench.main([*arguments, "--markdown", str(tmp_path / "a.md")])
+    told = capsys.readouterr().out.splitlines()
+    assert "float64" in told[0]
+    assert "x torch_dense" in told[0]
+    if registry.find("native_int8").unavailable() is None:
+        assert code == 0
+        assert "no dense layer of the dtype" in told[1]
+        assert "| - |" in (tmp_path / "a.md").read_text()
+
+
 def test_the_median_run_is_shown() -> None:
     def run(speedup: float | None) -> list[dict]:
         return [{"best": speedup is not None, "speedup_vs_torch_dense": speedup}]
@@ -120,6 +134,7 @@ def test_a_case_without_a_verified_implementation_fails(monkeypatch: pytest.Monk
         (["--mode", "warm"], "--mode warm: expected one of hot, cold"),
         (["--runs", "0"], "--runs 0: expected an integer >= 1"),
         (["--implementation", "nativ"], "implementation='nativ': expected one of native,"),
+        (["--implementation", "torch_dense"], "--implementation torch_dense: it is a dense form; expected forms of CMM that can run here"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: list[str], message: str, capsys) -> None:
