@@ -22,12 +22,14 @@ class Node:
 
     def room(self, wanted: Resources) -> int:
         """How many workers of a run it holds while nothing else runs there; an exclusive run takes all of it, however many CPUs it has."""
-        rooms = [int(self.cpus > 0) if wanted.exclusive else self.cpus // wanted.cpus]
-        if wanted.gpus:
-            rooms.append(int(self.gpus / wanted.gpus + _ROUNDING))
-        if wanted.memory_bytes:
-            rooms.append(int(min(self.memory_bytes // wanted.memory_bytes, wanted.workers)))
-        return min(rooms)
+        room = num_fitting(wanted, self.cpus, self.gpus)
+        return int(min(room, self.memory_bytes / wanted.memory_bytes)) if wanted.memory_bytes else room
+
+
+def num_fitting(wanted: Resources, cpus: int, gpus: float) -> int:
+    """How many workers of a run so many CPUs and GPUs are enough for; an exclusive run takes all CPUs there are."""
+    room = int(cpus > 0) if wanted.exclusive else cpus // wanted.cpus
+    return min(room, int(gpus / wanted.gpus + _ROUNDING)) if wanted.gpus else room
 
 
 @dataclass(frozen=True)

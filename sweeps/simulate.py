@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fffsweep.pipeline.stage import Resources
-from fffsweep.sweeps.capacity import Node
+from fffsweep.sweeps.capacity import num_fitting
 from fffsweep.sweeps.ready import ReadyRuns
 
 SCHEMA = "fffsweep.simulation/1"
-_ROUNDING = 1e-9  # three thirds of a GPU are one
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,9 @@ class _Node:
     gpus: float
     runs: set[str] = field(default_factory=set)
 
-    def room(self, cpus: int, gpus: float) -> int:
-        """Workers of so many CPUs and GPUs that could still start here."""
-        by_cpus = self.cpus // cpus
-        return min(by_cpus, int(self.gpus / gpus + _ROUNDING)) if gpus else by_cpus
+    def room(self, wanted: Resources) -> int:
+        """Workers of a run that could still start here."""
+        return 0 if wanted.exclusive and self.runs else num_fitting(wanted, self.cpus, self.gpus)
 
     def take(self, key: str, cpus: int, gpus: float) -> None:
         self.cpus -= cpus
@@ -116,8 +114,7 @@ def simulate(runs: Sequence[SimulatedRun], done: frozenset[str], cluster: Cluste
         wanted, cpus = by_key[key].resources, cpus_of(key)
         found: list[_Node] = []  # a node for each worker, the same one as often as it has room
         for node in nodes:
-            room = int(not node.runs) if wanted.exclusive else node.room(cpus, wanted.gpus)
-            found += [node] * min(room, wanted.workers - len(found))
+            found += [node] * min(node.room(wanted), wanted.workers - len(found))
             if len(found) == wanted.workers:
                 break
         else:
@@ -158,7 +155,7 @@ def _check(by_key: Mapping[str, SimulatedRun], done: frozenset[str], cluster: Cl
             raise ValueError(
                 f"--node-cpus {cluster.node_cpus}: a stage run asks for {asked.cpus} CPUs; expected at least as many on a node"
             )
-        if (there := cluster.num_nodes * Node(cluster.node_cpus, cluster.node_gpus).room(asked)) < asked.workers:
+        if (there := cluster.num_nodes * num_fitting(asked, cluster.node_cpus, cluster.node_gpus)) < asked.workers:
             raise ValueError(
                 f"--nodes {cluster.num_nodes}: a stage run has {asked.workers} workers of {asked.cpus} CPUs and {asked.gpus:g} GPUs each; "
                 f"there is room for {there}"
