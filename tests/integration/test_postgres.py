@@ -14,21 +14,9 @@ from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.record import study_folder
 from fffsweep.sweeps.verify import verify
+from tests.sweeps.conftest import Heard
 
 pytestmark = [pytest.mark.integration, pytest.mark.postgres, pytest.mark.slow]
-
-
-class Told:
-    """A listener that keeps what it hears."""
-
-    def __init__(self):
-        self.lines = []
-
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +47,9 @@ def test_a_sweep_is_told_to_servers_and_goes_on(through, database, address, serv
     monkeypatch.setenv("FFFSWEEP_OPTUNA_URL_FILE", str(secret))
     results, name = tmp_path / "results", f"words-{through}"
     smaller = SweepConfig.model_validate({**sweep_config.resolved(), "name": name, "layouts": ["15x0"]})
-    assert run_sweep(smaller, results, Told(), "inline").state == "complete"
+    assert run_sweep(smaller, results, Heard(), "inline").state == "complete"
     larger = SweepConfig.model_validate({**sweep_config.resolved(), "name": name})
-    outcome = run_sweep(larger, results, Told(), "inline")
+    outcome = run_sweep(larger, results, Heard(), "inline")
     assert (outcome.state, outcome.num_reused > 5) == ("complete", True)
     assert verify(name, results).problems == ()
     record = json.loads((study_folder(results, name) / "study.json").read_text())
@@ -123,5 +111,5 @@ def test_a_wrong_password_is_refused_and_not_shown(servers, database, sweep_conf
     wrong = database.url("optuna").replace(servers.PASSWORD, "wrong-horse-battery")
     monkeypatch.setenv("FFFSWEEP_OPTUNA_URL", wrong)
     with pytest.raises(ValueError, match="FFFSWEEP_OPTUNA_URL") as caught:
-        run_sweep(sweep_config, tmp_path / "results", Told(), "inline")
+        run_sweep(sweep_config, tmp_path / "results", Heard(), "inline")
     assert "wrong-horse" not in str(caught.value)

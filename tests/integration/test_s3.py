@@ -11,16 +11,9 @@ from fffsweep.pipeline.store import DamagedArtifact
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.verify import verify
+from tests.sweeps.conftest import Heard
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-
-
-class Quiet:
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +34,10 @@ def environment(endpoint, servers, monkeypatch, request):
 def test_a_sweep_and_another_machine(sweep_config, servers, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     smaller = SweepConfig.model_validate({**sweep_config.resolved(), "layouts": ["15x0"]})
-    first = run_sweep(smaller, one, Quiet(), "inline")
+    first = run_sweep(smaller, one, Heard(), "inline")
     assert first.state == "complete"
     assert verify(sweep_config.name, one).problems == ()
-    second = run_sweep(sweep_config, two, Quiet(), "inline")  # it has nothing in its own folder
+    second = run_sweep(sweep_config, two, Heard(), "inline")  # it has nothing in its own folder
     assert (second.state, second.num_reused) == ("complete", first.num_run)
     assert verify(sweep_config.name, two).problems == ()
     assert all(trial.metrics for trial in load_study(two, sweep_config.name).trials)
@@ -64,7 +57,7 @@ def test_a_sweep_and_another_machine(sweep_config, servers, tmp_path):
         store.read(pretrain, "curve.jsonl")
     assert any("'curve.jsonl' of pretrain" in problem for problem in verify(sweep_config.name, two).problems)
     verify(sweep_config.name, two, repair=True)
-    again = run_sweep(sweep_config, two, Quiet(), "inline")
+    again = run_sweep(sweep_config, two, Heard(), "inline")
     assert (again.state, again.num_run) == ("complete", 1)
     assert verify(sweep_config.name, two).problems == ()
 

@@ -16,6 +16,7 @@ from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.verify import verify
 from tests.chaos.study import MEASURED
+from tests.sweeps.conftest import Heard
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -41,14 +42,6 @@ Store.publish = mortal
 from fffsweep.cli import main
 main()
 """
-
-
-class Quiet:
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        pass
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def table(results):
 
 def test_a_killed_search_ends_like_an_undisturbed_one(config, tmp_path):
     whole, killed, path = tmp_path / "whole", tmp_path / "killed", tmp_path / "searched.yaml"
-    assert run_sweep(config, whole, Quiet(), "inline").state == "complete"
+    assert run_sweep(config, whole, Heard(), "inline").state == "complete"
     trials, metrics = table(whole)
     assert Counter(trial["state"] for trial in trials.values()) == {"complete": 3, "pruned": 4}
 
@@ -92,13 +85,13 @@ def test_a_killed_search_ends_like_an_undisturbed_one(config, tmp_path):
         ended = subprocess.run([*command, "--results", str(killed)], cwd=CHECKOUT, capture_output=True, text=True, timeout=240)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(Store(killed / "store").keys())) == 4 + 4 + 5
-    assert run_sweep(config, killed, Quiet(), "inline").state == "complete"
+    assert run_sweep(config, killed, Heard(), "inline").state == "complete"
     assert table(killed) == (trials, metrics)
 
 
 def test_a_search_asks_and_stops_while_others_run(config, tmp_path):
     """On Ray several trials are under way at once, and what is asked next depends on who ends first; what must hold does not."""
-    outcome = run_sweep(config, tmp_path, Quiet(), "ray")
+    outcome = run_sweep(config, tmp_path, Heard(), "ray")
     assert (outcome.state, outcome.num_reused, outcome.failed_trials) == ("complete", 0, ())
     trials, metrics = table(tmp_path)
     states = Counter(trial["state"] for trial in trials.values())
@@ -106,6 +99,6 @@ def test_a_search_asks_and_stops_while_others_run(config, tmp_path):
     assert states.keys() == {"complete", "pruned"}
     assert len(metrics) == outcome.num_run
     assert verify(NAME, tmp_path).problems == ()
-    again = run_sweep(config, tmp_path, Quiet(), "ray")
+    again = run_sweep(config, tmp_path, Heard(), "ray")
     assert (again.state, again.num_run) == ("complete", 0)
     assert table(tmp_path) == (trials, metrics)

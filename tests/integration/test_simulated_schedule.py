@@ -11,16 +11,9 @@ from fffsweep.sweeps.history import History, start_cost_s
 from fffsweep.sweeps.record import Lease, study_folder
 from fffsweep.sweeps.simulate import Cluster, SimulatedRun, simulate
 from fffsweep.sweeps.strategy import FixedTrials
+from tests.sweeps.conftest import Heard
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-
-
-class Quiet:
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def driven(trials, results, address):
     config, plans = noop_study(trials, pause_s=2.0)
     folder = study_folder(results, config.name)
     lease = Lease(folder)
-    outcome = Controller(config, FixedTrials(plans), results, folder, Quiet(), "ray", address, None, lease).run()
+    outcome = Controller(config, FixedTrials(plans), results, folder, Heard(), "ray", address, None, lease).run()
     lease.release()
     assert outcome.state == "complete"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

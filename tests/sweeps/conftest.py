@@ -57,14 +57,17 @@ def tiny_directory_config(tmp_path_factory):
     return load_config(path)
 
 
-class Quiet:
-    """A listener that says nothing."""
+class Heard:
+    """A listener that keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
 
     def update(self, record, num_running):
         pass
 
     def say(self, line):
-        pass
+        self.lines.append(line)
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +76,7 @@ def swept(tmp_path_factory, tiny_directory_config):
     from fffsweep.sweeps.controller import run_sweep
 
     folder = tmp_path_factory.mktemp("swept") / "results"
-    assert run_sweep(tiny_directory_config, folder, Quiet(), "inline").state == "complete"
+    assert run_sweep(tiny_directory_config, folder, Heard(), "inline").state == "complete"
     return folder
 
 

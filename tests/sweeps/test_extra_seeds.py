@@ -13,22 +13,10 @@ from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.record import load, study_folder
 from fffsweep.sweeps.verify import verify
+from tests.sweeps.conftest import Heard
 
 NAME = "tiny-directory"
 TREE = "1x3"
-
-
-class Heard:
-    """A listener that keeps what was said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture

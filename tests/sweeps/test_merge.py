@@ -18,17 +18,10 @@ from fffsweep.sweeps.optuna_study import OptunaStudy
 from fffsweep.sweeps.record import load, study_folder
 from fffsweep.sweeps.search import Search
 from fffsweep.sweeps.verify import verify
+from tests.sweeps.conftest import Heard
 
 NAME = "begun-twice"
 RATE = "stages.pretrain.learning_rate"
-
-
-class Quiet:
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ def sites(tmp_path_factory, config):
     with pytest.MonkeyPatch.context() as patch:
         for folder, shift in ((here, 0), (there, 1)):
             patch.setattr(optuna_study, "derived_seed", lambda seed, name, shift=shift: derived(seed + shift, name))
-            assert run_sweep(config, folder, Quiet(), "inline").state == "complete"
+            assert run_sweep(config, folder, Heard(), "inline").state == "complete"
     return here, there
 
 
@@ -100,7 +93,7 @@ def test_no_trial_is_lost_or_mixed_up(sites, config, tmp_path):
     assert verify(NAME, here).problems == ()
 
     for _ in range(2):  # the second time after an import of the same again
-        outcome = run_sweep(config, here, Quiet(), "inline")
+        outcome = run_sweep(config, here, Heard(), "inline")
         assert (outcome.state, outcome.num_run) == ("complete", 0)
         assert trials_of(here) == expected
         check_optuna(here)
@@ -121,7 +114,7 @@ def test_a_trial_that_is_unfinished_here_keeps_its_point(sites, config, tmp_path
     import_results(sites[1], here)
     after = {trial["id"]: trial for trial in load(study_folder(here, NAME))["trials"]}
     assert after[ours["id"]]["point"] == ours["point"]
-    assert run_sweep(config, here, Quiet(), "inline").num_run == 0
+    assert run_sweep(config, here, Heard(), "inline").num_run == 0
     assert trials_of(here) == trials_of(sites[1]) | trials_of(sites[0])
 
 

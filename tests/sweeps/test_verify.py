@@ -15,21 +15,9 @@ from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.plan import make_plan
 from fffsweep.sweeps.record import load, study_folder
 from fffsweep.sweeps.verify import verify
+from tests.sweeps.conftest import Heard
 
 NAME = "tiny-directory"
-
-
-class Heard:
-    """A listener that keeps what was said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def update(self, record, num_running):
-        pass
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 def test_a_finished_study_is_sound(results):
