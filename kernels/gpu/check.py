@@ -10,6 +10,8 @@ import argparse
 import datetime
 import importlib.util
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,9 @@ import torch
 
 from fffsweep.kernels.gpu import availability, bench, cases, goals
 
-SANITIZER_S = 100
+CASES_SHARE = 0.4  # of the time for everything
+MOST_PROCESSES = 12  # each takes half a gigabyte of the device for itself
+SANITIZER_SHARE = 0.25
 TRAINING_TESTS_S = 60
 TRAINING_SHARE = 0.3  # of the time left for timing, where training can be timed
 TRAINING_PACKAGES = ("pydantic", "pyarrow", "tokenizers", "transformers")
@@ -54,35 +58,50 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     print(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}, seed {options.seed}")
     print(f"naive CUDA kernel: {availability.no_cuda_compiler() or 'nvcc is there'}")
-    wrong, count, left_out = _run_cases(options, began)
+    wrong, count, left_out = _run_few(options.seed) if options.few else _run_cases(options, began)
     print("\n".join(wrong) or f"{count} cases right, {left_out} left out for want of time ({time.monotonic() - began:.0f} s)")
     if wrong or options.few:
         return 1 if wrong else 0
-    if _test_training() or _sanitize(options.seed):
+    if _test_training() or _sanitize(options.seed, SANITIZER_SHARE * options.budget_s):
         return 1
     return _bench(options, began)
 
 
+def _run_few(seed: int) -> tuple[list[str], int, int]:
+    chosen = list(cases.few_cases())
+    return [line for count, case in enumerate(chosen) for line in cases.run(case, seed + count)], len(chosen), 0
+
+
 def _run_cases(options: argparse.Namespace, began: float) -> tuple[list[str], int, int]:
+    """What is wrong, how many cases ran, how many did not; several processes, as nearly all of the time is the compiler's."""
+    chosen = list(cases.all_cases())
     wrong: list[str] = []
-    chosen = list(cases.few_cases() if options.few else cases.all_cases())
-    for count, case in enumerate(chosen):
-        if not options.few and time.monotonic() - began > 0.4 * options.budget_s:
-            return wrong, count, len(chosen) - count
-        wrong += cases.run(case, options.seed + count)
-    return wrong, len(chosen), 0
+    finished = 0
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, MOST_PROCESSES)) as pool:
+        found = pool.imap_unordered(_run_case, [(case, options.seed + count) for count, case in enumerate(chosen)])
+        while finished < len(chosen):
+            try:
+                wrong += found.next(timeout=CASES_SHARE * options.budget_s - (time.monotonic() - began))
+            except multiprocessing.TimeoutError:
+                break
+            finished += 1
+    return wrong, finished, len(chosen) - finished
 
 
-def _sanitize(seed: int) -> int:
+def _run_case(given: tuple[cases.Case, int]) -> list[str]:
+    return cases.run(*given)
+
+
+def _sanitize(seed: int, timeout_s: float) -> int:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer: not on the path, not run")
         return 0
     command = [tool, "--error-exitcode", "9", sys.executable, "-m", "fffsweep.kernels.gpu.check", "--few", "--seed", str(seed)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        print(f"compute-sanitizer: not finished after {SANITIZER_S} s, nothing said")
+        print(f"compute-sanitizer: not finished after {timeout_s:.0f} s, nothing said")
         return 0
     summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "right" in line]
     print("compute-sanitizer: " + ("clean: " + "; ".join(summary) if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]))
