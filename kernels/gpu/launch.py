@@ -15,6 +15,7 @@ from fffsweep.kernels.gpu import gradients, route, walk
 from fffsweep.kernels.gpu.plan import Group, ceil_div, num_pieces, plan_groups, power_of_two, product_precision
 
 SCAN = 1024  # counts that a scan takes in at once
+MOST_PARTS = 8  # parts of a row that a walk has under way at once; longer rows are read in a loop
 CHUNK = 512  # tokens whose row gradients one program sums: large enough that most buckets are one chunk
 
 
@@ -57,7 +58,8 @@ def run_walk(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels
     logits = leaves if fused else torch.empty(sizes.tokens, trees, levels, device=x.device)
     group = min(levels, levels_at_once(sizes.tokens * trees))
     nodes = power_of_two(2**group - 1)
-    block_h = min(power_of_two(sizes.hidden), 1024 if group < 4 else 512)  # elements in registers at once
+    block_h = min(power_of_two(sizes.hidden), 256 if group > 2 else 512)  # columns a program holds at once
+    parts = ceil_div(sizes.hidden, block_h)
     walk.walk_kernel[(sizes.tokens, trees)](
         *(x, w_in, w_in if b_in is None else b_in, w_out, y, logits, leaves, sizes.hidden),
         TREES=trees,
@@ -66,6 +68,8 @@ def run_walk(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels
         NODES=nodes,
         PATH=power_of_two(levels),
         BLOCK_H=block_h,
+        PARTS=parts if parts <= MOST_PARTS else 0,
+        BLOCK_N=min(power_of_two(sizes.hidden), 1024),
         HAS_BIAS=b_in is not None,
         ACTIVATION=activation,
         FUSED=fused,

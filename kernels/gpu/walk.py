@@ -28,6 +28,8 @@ def walk_kernel(
     NODES: tl.constexpr,
     PATH: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FUSED: tl.constexpr,
@@ -45,34 +47,47 @@ def walk_kernel(
     for base in tl.static_range(0, LEVELS, GROUP):
         node = first + subtree_nodes(head, GROUP, NODES)
         inside = (place < (1 << GROUP) - 1) & (subtree_levels(GROUP, NODES) + base < LEVELS)
-        dots = tl.zeros([NODES], tl.float32)
-        for h in range(0, hidden, BLOCK_H):
-            within = h + column < hidden
-            token_part = tl.load(x + token * hidden + h + column, mask=within, other=0.0).to(tl.float32)
-            rows = tl.load(w_in + node[:, None] * hidden + h + column[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-            dots += tl.sum(rows.to(tl.float32) * token_part[None, :], axis=1)
+        # products are added up where they are, and over columns once: until then nothing waits for anything but memory
+        products = tl.zeros([NODES, BLOCK_H], tl.float32)
+        if PARTS > 0:
+            for part in tl.static_range(PARTS):
+                within = part * BLOCK_H + column < hidden
+                token_part = tl.load(x + token * hidden + part * BLOCK_H + column, mask=within, other=0.0).to(tl.float32)
+                at = w_in + node[:, None] * hidden + part * BLOCK_H + column[None, :]
+                products += tl.load(at, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32) * token_part[None, :]
+        else:
+            for h in range(0, hidden, BLOCK_H):
+                within = h + column < hidden
+                token_part = tl.load(x + token * hidden + h + column, mask=within, other=0.0).to(tl.float32)
+                at = w_in + node[:, None] * hidden + h + column[None, :]
+                products += tl.load(at, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32) * token_part[None, :]
+        dots = tl.sum(products, axis=1)
         if HAS_BIAS:
             dots += tl.load(b_in + node, mask=inside, other=0.0).to(tl.float32)
+        # one sum brings every decision of the group into one number, from which a path is read bit by bit
+        rights = tl.sum((dots > 0).to(tl.int32) << place, axis=0)
         local = head * 0
+        taken = tl.zeros([PATH], tl.int32) - 1
         for level in tl.static_range(GROUP):
             if base + level < LEVELS:
-                logit = tl.sum(tl.where(place == local, dots, 0.0), axis=0)
-                path_logits = tl.where(path_level == base + level, logit, path_logits)
+                taken = tl.where(path_level == base + level, local, taken)
                 if base + level == LEVELS - 1:
                     leaf = (head << level) + local - (1 << level)
-                local = 2 * local + 1 + (logit > 0).to(tl.int32)
+                local = 2 * local + 1 + ((rights >> local) & 1)
+        path_logits += tl.sum(tl.where(taken[:, None] == place[None, :], dots[None, :], 0.0), axis=1)
         head = (head << GROUP) + local - ((1 << GROUP) - 1)
     tl.store(leaves + token * TREES + tree, leaf)
     if FUSED:
         on_path = path_level < LEVELS
         values = tl.where(on_path, activate(path_logits, ACTIVATION), 0.0)
         node = ((leaf + 1) >> tl.maximum(LEVELS - 1 - path_level, 0)) - 1
-        for h in range(0, hidden, BLOCK_H):
-            within = h + column < hidden
-            at = w_out + node.to(tl.int64)[:, None] * hidden + h + column[None, :]
-            rows = tl.load(at, mask=on_path[:, None] & within[None, :], other=0.0)
-            total = tl.sum(rows.to(tl.float32) * values[:, None], axis=0)
-            tl.store(y + token * hidden + h + column, total.to(y.dtype.element_ty), mask=within)
+        out_column = tl.arange(0, BLOCK_N)
+        for out in range(0, hidden, BLOCK_N):
+            out_within = out + out_column < hidden
+            out_at = w_out + node.to(tl.int64)[:, None] * hidden + out + out_column[None, :]
+            out_rows = tl.load(out_at, mask=on_path[:, None] & out_within[None, :], other=0.0)
+            total = tl.sum(out_rows.to(tl.float32) * values[:, None], axis=0)
+            tl.store(y + token * hidden + out + out_column, total.to(y.dtype.element_ty), mask=out_within)
     else:
         tl.store(logits + (token * TREES + tree) * LEVELS + path_level, path_logits, mask=path_level < LEVELS)
 
