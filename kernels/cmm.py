@@ -45,7 +45,7 @@ def cmm(
         return y
     if name == "triton":
         tokens, code = x.numel() // max(1, x.shape[-1]), ACTIVATIONS[activation].code
-        return operator.cmm(x, w_in, b_in, w_out, shape.levels, code, entries.form_of(tokens, shape.trees))
+        return operator.cmm(x, w_in, b_in, w_out, shape.levels, code, entries.form_of(tokens, shape.trees, x.dtype))
     if name == "masked":
         return torch_forms.masked(x, w_in, b_in, w_out, shape, activation)
     if name == "gather":

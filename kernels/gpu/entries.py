@@ -16,13 +16,16 @@ from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.shape import TreeShape
 
 Layer = Callable[[Tensor], Tensor]
-WALK_TOKENS = 1024  # an estimate, to be replaced by what `make gpu-check` measures: up to here a program a token and tree is taken
+WALK_TOKENS = 4096  # of 16 bits, on an H200: up to here a program a token and tree is as fast as buckets
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-def form_of(tokens: int, trees: int) -> str:
-    """Name of the forward form for a batch: "walk", a program a token, or "grouped", tokens bucketed by node."""
-    return "walk" if tokens * trees <= WALK_TOKENS else "grouped"
+def form_of(tokens: int, trees: int, dtype: torch.dtype) -> str:
+    """Name of the forward form for a batch: "walk", a program a token, or "grouped", tokens bucketed by node.
+
+    Buckets pay by products on tensor cores. Those of float32 are none, or TF32's, and even these lose against a walk at 16,384 tokens.
+    """
+    return "walk" if dtype == torch.float32 or tokens * trees <= WALK_TOKENS else "grouped"
 
 
 def suits(shape: TreeShape) -> bool:
@@ -40,7 +43,7 @@ def triton_layer(form: str | None, precision: str = "") -> Callable[[LayerWeight
         code, shape = ACTIVATIONS[weights.activation].code, weights.shape
 
         def layer(x: Tensor) -> Tensor:
-            chosen = form or form_of(x.numel() // max(1, x.shape[-1]), shape.trees)
+            chosen = form or form_of(x.numel() // max(1, x.shape[-1]), shape.trees, x.dtype)
             return operator.cmm(x, weights.w_in, weights.b_in, weights.w_out, shape.levels, code, chosen, precision)
 
         return layer
@@ -56,7 +59,7 @@ def triton_paths(form: str | None, precision: str = "") -> Callable[[LayerWeight
         from fffsweep.kernels.gpu import launch
 
         # a layer that wants gradients is always computed in the grouped form
-        chosen = form or ("grouped" if weights.w_in.requires_grad else form_of(len(x), weights.shape.trees))
+        chosen = form or ("grouped" if weights.w_in.requires_grad else form_of(len(x), weights.shape.trees, x.dtype))
         x, w_in, b_in, w_out = operator.contiguous(x, weights.w_in, weights.b_in, weights.w_out)
         levels, code = weights.shape.levels, ACTIVATIONS[weights.activation].code
         if chosen == "walk":

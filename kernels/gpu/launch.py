@@ -83,9 +83,9 @@ def run_walk(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, levels
 def levels_at_once(walks: int) -> int:
     """Levels whose nodes a walk reads together: in advance costs bandwidth, one by one latency; few walks have bandwidth to spare.
 
-    The bounds are estimates.
+    The bounds are those of an H200 at 1x11 and hidden 768.
     """
-    return 4 if walks <= 256 else 2 if walks <= 1024 else 1
+    return 3 if walks <= 128 else 2 if walks <= 512 else 1
 
 
 def combine(values: Tensor, leaves: Tensor, w: Tensor, y: Tensor, sizes: Sizes, activation: int) -> None:

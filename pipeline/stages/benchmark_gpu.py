@@ -34,7 +34,7 @@ class BenchmarkGpu:
     """Artifact: `benchmark.json`, one row for each implementation, side and point."""
 
     name: ClassVar[str] = "benchmark_gpu"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     sources: ClassVar[tuple[str, ...]] = (
         *BenchmarkCpu.sources,
         "pipeline/gpu_layer_timing.py",

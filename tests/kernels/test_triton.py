@@ -77,9 +77,14 @@ def test_layouts(form: str, layout: str, hidden: int, count: int, dtype: str) ->
 def test_walks_take_fewer_levels_at_once_when_tokens_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     from fffsweep.kernels.gpu import launch
 
-    for at_once in (1, 2):
+    for at_once in (1, 2, 4):
         monkeypatch.setattr(launch, "levels_at_once", lambda tokens, at_once=at_once: at_once)
         check(registry.find("triton_walk"), layer("1x4", 24), tokens(2, 24))
+
+
+def test_walks_read_long_rows_in_a_loop() -> None:
+    check(registry.find("triton_walk"), layer("1x2", 300), tokens(2, 300))
+    check(registry.find("triton_walk"), layer("1x2", 2100), tokens(2, 2100))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
