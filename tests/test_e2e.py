@@ -177,6 +177,7 @@ def driver(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         process.wait()
 
 
+@pytest.mark.integration  # a second sweep: `make test` has time for one
 def test_killed_sweep_goes_on_to_the_same_table(swept: tuple[Path, str], driver: tuple[subprocess.Popen[str], Path]) -> None:
     process, results = driver
     whole = manifests(swept[0])
