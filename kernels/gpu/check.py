@@ -149,11 +149,17 @@ def _time_training(timeout_s: float) -> list[dict[str, Any]]:
 
 
 def _bench(options: argparse.Namespace, began: float) -> int:
-    left, status, rows, results = options.budget_s - (time.monotonic() - began), 0, [], []
-    left *= 1 - TRAINING_SHARE * (_missing(*TRAINING_PACKAGES) is None)
+    def left() -> float:
+        return float(options.budget_s) - (time.monotonic() - began)
+
+    status, rows, results = 0, [], []
+    end = left() * TRAINING_SHARE if _missing(*TRAINING_PACKAGES) is None else 0.0
+    shares = sum(share for share, _ in RUNS)
     for share, arguments in RUNS:
         part = options.results / ".gpu_part.json"
-        status |= bench.main([*arguments, "--budget-s", str(max(10.0, share * left)), "--json", str(part), "--seed", str(options.seed)])
+        budget = max(10.0, (left() - end) * share / shares)  # what earlier ones did not need is there for later ones
+        shares -= share
+        status |= bench.main([*arguments, "--budget-s", str(budget), "--json", str(part), "--seed", str(options.seed)])
         results.append(json.loads(part.read_text()))
         rows += results[-1]["rows"]
         part.unlink()
@@ -161,7 +167,7 @@ def _bench(options: argparse.Namespace, began: float) -> int:
     device = re.sub(r"[^a-z0-9]+", "_", str(provenance["gpu"]).lower()).strip("_")
     target = options.results / f"cmm_gpu_{device}_{datetime.datetime.now(datetime.UTC).date()}.json"
     left_out = [case for each in results for case in each["left_out"]]
-    training = _time_training(max(30.0, options.budget_s - (time.monotonic() - began)))
+    training = _time_training(max(30.0, left()))
     verdicts = goals.verdicts([*rows, *training])
     found = {"schema": bench.SCHEMA, "provenance": provenance, "left_out": left_out, "goals": verdicts, "rows": [*rows, *training]}
     target.write_text(json.dumps(found, indent=1) + "\n")

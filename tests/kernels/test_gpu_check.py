@@ -1,13 +1,16 @@
 """What `make gpu-check` says, and how it keeps its time, on rows that are made up."""
 
+import argparse
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from fffsweep.kernels import registry
 from fffsweep.kernels.gate import amid
-from fffsweep.kernels.gpu import goals
+from fffsweep.kernels.gpu import check, goals
 from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import random_layer
 from fffsweep.kernels.shape import TreeShape
@@ -55,6 +58,26 @@ def test_a_deadline_ends_what_runs_and_lets_nothing_more_begin():
     assert time.monotonic() - began < 10
     with pytest.raises(OutOfTime), limit:
         pytest.fail("begun after the end")
+
+
+def test_time_that_a_run_does_not_need_is_left_to_those_after_it(monkeypatch, tmp_path):
+    budgets = []
+
+    def main(arguments):
+        budget, path = (arguments[arguments.index(name) + 1] for name in ("--budget-s", "--json"))
+        budgets.append(float(budget))
+        Path(path).write_text(json.dumps({"provenance": {"gpu": "A Card"}, "rows": [], "left_out": ["a case"]}))
+        return 0
+
+    monkeypatch.setattr(check.bench, "main", main)
+    monkeypatch.setattr(check, "_missing", lambda *packages: "not run: none of them installed")
+    began = time.monotonic()
+    assert check._bench(argparse.Namespace(budget_s=400.0, results=tmp_path, seed=1), began) == 0
+    assert len(budgets) == len(check.RUNS)
+    assert budgets[0] == pytest.approx(400 * check.RUNS[0][0], rel=0.05)
+    assert budgets[-1] == pytest.approx(400, rel=0.05)
+    (written,) = tmp_path.glob("cmm_gpu_a_card_*.json")
+    assert json.loads(written.read_text())["left_out"] == ["a case"] * len(check.RUNS)
 
 
 @pytest.mark.parametrize("backward", [False, True])
