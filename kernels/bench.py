@@ -51,8 +51,9 @@ YARDSTICK = "torch_dense/float32"
 PAPER = ["--layout", "1x11,1x15,4x9,32x6,128x4,512x2"]
 SUITES = {
     "quick": [
-        ["--layout", "1x11,4x9", "--tokens", "1,128,1024", "--mode", "hot,cold", "--min-time", "0.5"],
-        ["--layout", "1x11", "--tokens", "1,128", "--dtype", "bfloat16", "--mode", "cold", "--min-time", "0.5"],
+        ["--tokens", "1,128,1024", "--mode", "hot,cold", "--min-time", "0.3"],
+        ["--layout", "4x9", "--tokens", "128,1024", "--mode", "cold", "--min-time", "0.3"],
+        ["--tokens", "128", "--dtype", "bfloat16", "--mode", "cold", "--min-time", "0.3"],
     ],
     "paper": [
         [*PAPER, "--tokens", "1,128,1024,16384", "--mode", "hot,cold"],
