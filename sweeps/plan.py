@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fffsweep.pipeline.remote_store import open_store
-from fffsweep.pipeline.stage import Metrics, StageRun
+from fffsweep.pipeline.stage import Metrics, Resources, StageRun
 from fffsweep.sweeps.config import SweepConfig
 from fffsweep.sweeps.forecast import forecast
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
@@ -80,7 +81,8 @@ def make_plan(config: SweepConfig, results: Path, cluster: Cluster | None = None
         return None if manifest is None else manifest.metrics
 
     plans, notes = forecast(config, study_folder(results, config.name), metrics_of)
-    runs = {stage.run.key: (trial, _limited(config, stage)) for trial in plans for stage in trial.stages}
+    limited = _limiter(config)
+    runs = {stage.run.key: (trial, limited(stage)) for trial in plans for stage in trial.stages}
     cached = stored_keys & runs.keys()
     history = History(store)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -148,9 +150,18 @@ def _summary(plan: TrialPlan, cached: frozenset[str]) -> TrialSummary:
     return TrialSummary(spec.id, spec.layout, spec.controls, spec.in_study, len(plan.stages), num_cached)
 
 
-def _limited(config: SweepConfig, stage: PlannedStage) -> PlannedStage:
-    """A stage run with the resources that the config gives it."""
-    return replace(stage, resources=config.limits_of(stage.run.stage).applied(stage.resources))
+def _limiter(config: SweepConfig) -> Callable[[PlannedStage], PlannedStage]:
+    """What gives stage runs the resources of the config: ten thousand trials ask for few different ones."""
+
+    @functools.cache
+    def resources(stage: str, own: Resources) -> Resources:
+        return config.limits_of(stage).applied(own)
+
+    def limited(stage: PlannedStage) -> PlannedStage:
+        given = resources(stage.run.stage, stage.resources)
+        return stage if given == stage.resources else replace(stage, resources=given)
+
+    return limited
 
 
 def _cost(config: SweepConfig, trial: TrialPlan, stage: PlannedStage, history: History) -> tuple[float, float, str]:
