@@ -16,7 +16,7 @@ from fffsweep.pipeline.lease import Claim, Lease, LeaseHeld
 from fffsweep.pipeline.machine import provenance
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Metrics, Stage, StageContext, StageRun, get_stage
-from fffsweep.pipeline.store import Manifest, Store
+from fffsweep.pipeline.store import DamagedArtifact, Manifest, Store
 
 _SAVE_S = 30.0
 
@@ -39,8 +39,9 @@ def execute(
     A killed attempt's checkpoints wait in the key's work folder, which is removed when the result is published.
     `claim` says for whom it is run: a later attempt of the same sweep takes the key over from an earlier one, which may live on unseen
     on a host that was cut off; that one then ends without touching anything. `run_stage` does the work, elsewhere if it likes.
-    Raises KeyBusy if another live process runs the same key, LeaseLost if one took it over, StopRequested if the stage was asked to
-    stop and saved itself, ValueError if the stage returned metrics that are not finite, and whatever the stage raises.
+    Raises KeyBusy if another live process runs the same key, LeaseLost if one took it over, DamagedArtifact if an input is not what was
+    stored, or is gone, StopRequested if the stage was asked to stop and saved itself, ValueError if the stage returned metrics that are
+    not finite, and whatever the stage raises.
     """
     if store.has(run.key):
         return store.get(run.key)
@@ -53,7 +54,7 @@ def execute(
             shutil.rmtree(work, ignore_errors=True)
             return store.get(run.key)
         own = work / f"attempt-{lease.token}"
-        upstream = {role: store.get(key) for role, key in run.inputs.items()}
+        upstream = {role: _input(store, role, key) for role, key in run.inputs.items()}
         inputs = {role: store.checkout(manifest, own / "inputs" / role) for role, manifest in upstream.items()}
         output = own / "output"
         output.mkdir(parents=True)
@@ -96,6 +97,13 @@ def _data_fingerprint(run: StageRun, upstream: Iterable[Manifest]) -> str | None
     """Fingerprint of the data that a result rests on: of its own source, or that of the results it reads."""
     own = run.fingerprints.get("data")
     return own or next((manifest.provenance["data"] for manifest in upstream if manifest.provenance.get("data")), None)
+
+
+def _input(store: Store, role: str, key: str) -> Manifest:
+    try:
+        return store.get(key)
+    except KeyError:  # another of its readers found it damaged, and it was withdrawn
+        raise DamagedArtifact(f"input {role} {key} is gone: it was withdrawn, or deleted by hand", key) from None
 
 
 @contextlib.contextmanager

@@ -268,11 +268,15 @@ class Controller:
         self._settle([trial for trial, _ in users])
 
     def _withdraw(self, key: str) -> None:
-        """Have a damaged result made again, unless that was done already: several of its readers may notice."""
-        if key not in self._running and self._store.has(key) and examine(self._store, key).is_damaged:
+        """Have a result that is damaged, or gone, made again, unless that is under way already: several of its readers may notice."""
+        if key in self._running or self._book.state(key) not in DONE:
+            return
+        if self._store.has(key):
+            if not examine(self._store, key).is_damaged:
+                return
             self._store.forget(key)
-            self._ledger.withdrawn(key)
-            self._wait_again(key)
+        self._ledger.withdrawn(key)
+        self._wait_again(key)
 
     def _failed(self, event: Event) -> None:
         """Retry what the infrastructure broke, remake what was damaged, and give up on what the code does wrong."""

@@ -18,6 +18,7 @@ from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps import executors
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
@@ -347,6 +348,27 @@ def test_a_damaged_artifact_is_made_again(tmp_path, monkeypatch):
     assert (outcome.state, outcome.failed_trials) == ("complete", ())
     assert sorted(Toy.ran) == ["benchmark 1x3", "collect 1x3", "prepare", "pretrain 1x3"]
     assert (store / "objects" / sha256[:2] / sha256).read_text() == "prepare"
+
+
+def test_an_input_that_is_gone_is_made_again(tmp_path, monkeypatch):
+    """As when one reader finds it damaged, and another one, submitted before that, comes to read it."""
+    monkeypatch.setattr("fffsweep.sweeps.controller._RETRY_WAIT_S", 0.0)
+    drive(tmp_path)
+    key = plans_of(["1x3"])[0].stages[0].run.key
+    manifest = tmp_path / "store" / "manifests" / key[:2] / f"{key}.json"
+    execute = executors.execute
+
+    def beaten_to_it(run, *arguments, **more):
+        if run.config["label"] == "pretrain 1x3" and "prepare" not in Toy.ran:
+            manifest.unlink()
+        return execute(run, *arguments, **more)
+
+    monkeypatch.setattr(executors, "execute", beaten_to_it)
+    Toy.ran.clear()
+    outcome, listener, _ = drive(tmp_path, layouts=("4x1", "2x2", "1x3"))
+    assert (outcome.state, outcome.failed_trials) == ("complete", ())
+    assert sorted(Toy.ran) == ["benchmark 1x3", "collect 1x3", "prepare", "pretrain 1x3"]
+    assert any(f"input prepare {key} is gone" in line for line in listener.lines)
 
 
 def test_one_driver_at_a_time(tmp_path):
