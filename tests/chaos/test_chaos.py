@@ -147,8 +147,8 @@ def test_an_artifact_is_damaged(sweep: Sweep, undisturbed: Sweep, expected: Tabl
     sweep.adopt("pretrain", undisturbed)
     pretrained = [key for key, stage in sweep.stages.items() if stage == "pretrain"]
     damaged = chance.choice([path for key in pretrained for path in sweep.objects_of(key) if path.stat().st_size > 0])
-    holders = frozenset(key for key in pretrained if damaged in sweep.objects_of(key))  # equal bytes are stored once
-    sweep.manifests()
+    # equal bytes are stored once: a pretraining's tokenizer is that of the prepared data
+    holders = frozenset(key for key in sweep.manifests() if damaged in sweep.objects_of(key))
     scribble(damaged, chance)
     sweep.finish(sweep.start())
     assert "damaged" in faults_of(sweep)
