@@ -31,6 +31,7 @@ from fffsweep.pipeline.tracked_run import KEY, LABEL, TRIAL, Known, Point, Track
 
 _PARENT, _NAME, _NOTE, _MADE_OF = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "fffsweep.made_of"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that one log_batch call may hold
+_DATABASE_RUNS, _SERVER_RUNS = 400, 20  # to write at once: statements take many rows, while a server wants three calls for each run
 _SQLITE, _LARGEST = "sqlite:///", 1.7976931348623157e308  # the latter is what MLflow writes for infinity
 
 
@@ -48,6 +49,7 @@ class Tracker:
         identity = found.experiment_id if found else client.create_experiment(experiment, location)
         store = client._tracking_client.store
         self._runs: _Runs = _Database(store, identity) if hasattr(store, "ManagedSessionMaker") else _Server(client, identity)
+        self.batch = _DATABASE_RUNS if isinstance(self._runs, _Database) else _SERVER_RUNS
         self._trials: dict[str, Known] = {}
         self._stages: dict[tuple[str, str, str], Known] = {}
         self._is_current = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -17,11 +18,14 @@ R = TypeVar("R")
 
 _GATHER_S = 1.0  # to tell many at once, which is much cheaper than one by one
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
-_BATCH = 400
+_STUCK_S = 30.0  # beyond patience, for a call that neither returns nor fails
+_LONG_CLOSE_S = 5.0
 
 
 class Receiver(Protocol[T_contra]):
-    """Who is told. Made on the backlog's thread and used there alone."""
+    """Who is told. Made on the backlog's thread and used there alone. batch: most items for one call of `write`."""
+
+    batch: int
 
     def write(self, items: Sequence[T_contra]) -> None:
         """Take items in order. After an error all of them are written again, so what is there already must do no harm."""
@@ -31,7 +35,7 @@ class Receiver(Protocol[T_contra]):
 
 
 class Backlog(Generic[T]):
-    """Items on their way to a receiver, in order, tried again with growing waits until `close` runs out of patience.
+    """Items on their way to a receiver, in order, tried again with growing waits; after `close`, until patience with a lost one is out.
 
     make: opens the receiver, tried again like everything else. Items are functions, called on the thread: reading what is to be
     told costs the driver nothing. is_refused: whether an error says that an item will never be taken; it is left out then.
@@ -44,7 +48,9 @@ class Backlog(Generic[T]):
         self._name, self._make, self._is_refused, self._say = name, make, is_refused, say
         self._items: deque[Callable[[], T | None]] = deque()
         self._changed = threading.Condition()
-        self._deadline: float | None = None
+        self._closed_s: float | None = None
+        self._patience_s = math.inf
+        self._well_s = self._heard_s = time.monotonic()  # when a call last succeeded, and when one last returned or failed
         self._is_open = threading.Event()
         self.num_lost = 0
         self.error: Exception | None = None
@@ -62,11 +68,15 @@ class Backlog(Generic[T]):
         return self._is_open.wait(timeout_s)
 
     def close(self, patience_s: float = 60.0) -> int:
-        """Tell the rest, for at most this long, and close the receiver. Returns how many items were never taken."""
+        """Tell the rest, however long that takes, unless nothing could be told for `patience_s`; how many items were never taken."""
         with self._changed:
-            self._deadline = time.monotonic() + patience_s
+            self._closed_s, self._patience_s = time.monotonic(), patience_s
             self._changed.notify()
-        self._thread.join(patience_s + 30)
+        self._thread.join(_LONG_CLOSE_S)
+        if self._thread.is_alive() and self.error is None:
+            self._say(f"telling {self._name} of {len(self._items)} more")
+        while self._thread.is_alive() and time.monotonic() - max(self._closed_s, self._heard_s) < patience_s + _STUCK_S:
+            self._thread.join(0.2)
         return self.num_lost + len(self._items)
 
     def _run(self) -> None:
@@ -74,18 +84,18 @@ class Backlog(Generic[T]):
         if receiver is None:
             return
         self._is_open.set()
-        while batch := self._next():
+        while batch := self._next(receiver.batch):
             if not self._deliver(receiver, batch):
                 return
         with contextlib.suppress(Exception):  # whoever reads the server finds open runs; there is nothing more to lose here
             receiver.close()
 
-    def _next(self) -> list[Callable[[], T | None]]:
+    def _next(self, most: int) -> list[Callable[[], T | None]]:
         """The next items, at least one; none when closed and empty. They stay in the queue until delivered."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._deadline is not None)
-            self._changed.wait_for(lambda: len(self._items) >= _BATCH or self._deadline is not None, _GATHER_S)
-            return [self._items[index] for index in range(min(_BATCH, len(self._items)))]
+            self._changed.wait_for(lambda: self._items or self._closed_s is not None)
+            self._changed.wait_for(lambda: len(self._items) >= most or self._closed_s is not None, _GATHER_S)
+            return [self._items[index] for index in range(min(most, len(self._items)))]
 
     def _deliver(self, receiver: Receiver[T], batch: list[Callable[[], T | None]]) -> bool:
         """Whether there is reason to go on."""
@@ -131,17 +141,19 @@ class Backlog(Generic[T]):
                 if self.error is None:
                     self._say(f"{self._name} cannot be reached ({_first_line(error)}); the sweep goes on and tells it later")
                 self.error = error
+                self._heard_s = time.monotonic()
             else:
                 if self.error is not None:
                     self._say(f"{self._name} can be reached again")
                     self.error = None
+                self._well_s = self._heard_s = time.monotonic()
                 return result
-            closing = self._deadline is not None
-            left_s = self._deadline - time.monotonic() if self._deadline is not None else float("inf")
+            closed_s = self._closed_s
+            left_s = math.inf if closed_s is None else max(closed_s, self._well_s) + self._patience_s - time.monotonic()
             if left_s <= 0:
                 return None
             with self._changed:  # closing cuts a long wait short, once
-                self._changed.wait_for((lambda: False) if closing else (lambda: self._deadline is not None), min(wait_s, left_s))
+                self._changed.wait_for((lambda: False) if closed_s is not None else (lambda: self._closed_s is not None), min(wait_s, left_s))
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 

@@ -1,6 +1,7 @@
 """Whatever is put into a backlog arrives in order, however often the receiver is gone meanwhile; what never arrives is counted."""
 
 import threading
+import time
 
 import pytest
 
@@ -17,6 +18,8 @@ def _impatient(monkeypatch):
 
 class Server:
     """Fails the next `failures` writes after half of the items were taken."""
+
+    batch = 400
 
     def __init__(self, failures=0, refused=()):
         self.failures, self.refused, self.taken, self.closed = failures, refused, [], False
@@ -96,6 +99,39 @@ def test_patience_ends_and_what_is_untold_is_counted():
     server = Server(failures=10**9)
     lost, _ = run(server, range(7), patience_s=0.2)
     assert lost == 7
+
+
+def test_patience_is_with_a_lost_server_and_not_with_a_slow_one(monkeypatch):
+    monkeypatch.setattr(backlog, "_LONG_CLOSE_S", 0.05)
+    monkeypatch.setattr(backlog, "_STUCK_S", 0.1)
+
+    class Slow(Server):
+        batch = 2
+
+        def write(self, items):
+            time.sleep(0.05)
+            super().write(items)
+
+    server = Slow()
+    lost, said = run(server, range(40), patience_s=0.3)  # takes a second altogether
+    assert (lost, sorted(server.taken)) == (0, list(range(40)))
+    assert any("telling MLflow of" in line for line in said)
+
+
+def test_a_call_that_never_returns_is_given_up(monkeypatch):
+    monkeypatch.setattr(backlog, "_STUCK_S", 0.1)
+    monkeypatch.setattr(backlog, "_LONG_CLOSE_S", 0.05)
+    release = threading.Event()
+
+    class Stuck(Server):
+        def write(self, items):
+            release.wait(20)
+
+    begun = time.monotonic()
+    lost, _ = run(Stuck(), range(3), patience_s=0.1)
+    release.set()
+    assert lost == 3
+    assert time.monotonic() - begun < 10
 
 
 def test_the_driver_never_waits():
