@@ -34,6 +34,8 @@ def cmm(
     Raises ValueError that names the argument that does not fit.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """
+    if implementation is None and not torch.compiler.is_compiling() and (y := _native(x, w_in, b_in, w_out, shape, activation)) is not None:
+        return y
     if x.device.type in CAST_UNDER_AUTOCAST and torch.is_autocast_enabled(x.device.type):
         wanted = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = (each.to(wanted) for each in (x, w_in, w_out))
@@ -41,7 +43,8 @@ def cmm(
     check_call(x, w_in, b_in, w_out, shape, activation)
     name = implementation or choose(x, w_in, shape)
     if name == "native":
-        y: Tensor = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
+        y = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
+        assert y is not None
         return y
     if name == "triton":
         tokens, code = x.numel() // max(1, x.shape[-1]), ACTIVATIONS[activation].code
@@ -53,6 +56,21 @@ def cmm(
     from fffsweep.kernels import registry
 
     return registry.find(name).prepare(LayerWeights(w_in, b_in, w_out, shape, activation))(x)
+
+
+def _native(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str) -> Tensor | None:
+    """What the native operator gives, None if it is not the one to take or refuses the call.
+
+    It checks whatever memory depends on, in little of the time that `check_call` needs to say what is wrong, which for one token would be most of all.
+    """
+    try:
+        on_cpu = x.is_cpu and w_in.is_cpu and w_out.is_cpu and (b_in is None or b_in.is_cpu)
+        if on_cpu and shape.depth and w_in.shape[0] == shape.trees and library.why_missing() is None:
+            y: Tensor = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
+            return y
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        pass  # the checks that follow name the argument, and what the operator raises for another reason it raises again
+    return None
 
 
 def choose(x: Tensor, w_in: Tensor, shape: TreeShape) -> str:

@@ -216,12 +216,8 @@ def layer_call(
     if direction == "train":
         return _training_call(implementation, copies, batches)
     layers, tokens = cycle([implementation.prepare(each) for each in copies]), cycle(batches)
-
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return next(layers)(next(tokens))
-
-    return call
+    # no inference mode: entered anew by each call it takes as long as a token's walk, and nothing here asks for gradients
+    return lambda: next(layers)(next(tokens))
 
 
 def _training_call(implementation: Implementation, copies: Sequence[LayerWeights], batches: Sequence[Tensor]) -> Callable[[], object]:

@@ -8,13 +8,16 @@ namespace CMM_ISA {
 
 CMM_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// x . w; `later` is a row as long as w that is wanted when the walk is over: its lines are asked for meanwhile, a few a step.
 template <class X, class W>
-CMM_INLINE float dot(const typename X::type* x, const typename W::type* w, int64_t hidden) {
+CMM_INLINE float dot(const typename X::type* x, const typename W::type* w, int64_t hidden, const typename W::type* later) {
   if constexpr (W::kScaled) return integer_dot(x, w, hidden);
   // FMA latency is 4 cycles at one or two a cycle: four to eight sums in flight
+  constexpr int kLines = (4 * kLanes * sizeof(typename W::type) + 63) / 64;
   vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
   int64_t i = 0;
   for (; i + 4 * kLanes <= hidden; i += 4 * kLanes) {
+    CMM_UNROLL for (int line = 0; line < kLines; ++line) __builtin_prefetch((const char*)(later + i) + 64 * line);
     s0 += X::load(x + i) * W::load(w + i);
     s1 += X::load(x + i + kLanes) * W::load(w + i + kLanes);
     s2 += X::load(x + i + 2 * kLanes) * W::load(w + i + 2 * kLanes);
@@ -75,7 +78,8 @@ void forward_token(const cmm_forward_call* call, int64_t token, const TokenBuffe
     const auto* b_in = layer.b_in ? (const typename W::Bias::type*)layer.b_in + (int64_t)tree * layer.nodes : nullptr;
     int64_t node = 0;
     for (int32_t level = 0; level < layer.levels; ++level, ++at) {
-      float logit = dot<X, W>(x, w_in + node * hidden, hidden);
+      if (b_in) __builtin_prefetch(b_in + node);
+      float logit = dot<X, W>(x, w_in + node * hidden, hidden, w_out + node * hidden);
       if constexpr (W::kScaled) logit *= layer.scale_in[(int64_t)tree * layer.nodes + node] * call->x_scale[token];
       if (b_in) logit += W::Bias::scalar(b_in[node]);
       buffers.logits[at] = logit;

@@ -27,6 +27,8 @@ def arguments(layout: str = "2x3", hidden: int = 12, count: int = 5, **options: 
         (lambda a: (a[0][:, :5], *a[1:]), r"w_in has shape \[2, 15, 12\]: expected \[2, 15, 5\]"),
         (lambda a: (*a[:2], a[2][:, :3], *a[3:]), r"b_in has shape \[2, 3\]: expected \[2, 15\]"),
         (lambda a: (*a[:3], a[3][:1], a[4]), r"w_out has shape \[1, 15, 12\]"),
+        # the operator alone would take these for a smaller layer
+        (lambda a: (a[0], a[1][:1], a[2][:1], a[3][:1], a[4]), r"w_in has shape \[1, 15, 12\]: expected \[2, 15, 12\]"),
         (lambda a: (*a[:3], a[3].bfloat16(), a[4]), r"w_out is torch.bfloat16: expected torch.float32"),
         (lambda a: (a[0].double(), *a[1:]), r"w_in is torch.float32: expected torch.float64"),
         (lambda a: (a[0].long(), *a[1:]), r"x is torch.int64"),
