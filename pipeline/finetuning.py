@@ -21,7 +21,7 @@ from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.metrics import baseline, decide, scores
 from fffsweep.pipeline.model import loss_parts
-from fffsweep.pipeline.order import epoch_order
+from fffsweep.pipeline.order import epoch_order, order_by_length
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.finetune import FinetuneConfig
 
@@ -71,6 +71,7 @@ class Finetuning:
         self.checkpoints = Checkpoints(context.work, 60 * config.checkpoint_minutes)
         self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         self.selection_logits: NDArray[np.float32] | None = None
+        self._order: tuple[int, NDArray[np.int64]] = -1, self.rows[:0]
         self.at = Progress()
 
     def resume(self) -> None:
@@ -119,8 +120,7 @@ class Finetuning:
         """One step of the optimiser, by the gradients of loss and penalty: loss, learning rate."""
         config = self.config
         epoch, place = divmod(self.at.step, self.steps_per_epoch)
-        order = epoch_order(len(self.rows), self.context.seed, epoch)
-        chosen = self.rows[order[place * config.batch_size : (place + 1) * config.batch_size]]
+        chosen = self.rows[self._order_of(epoch)[place * config.batch_size : (place + 1) * config.batch_size]]
         rate = config.learning_rate * schedules.factor(config.schedule, spent, config.warmup)
         train = self.splits["train"]
         labels = torch.from_numpy(np.asarray(train.labels)[chosen]).to(self.context.device)
@@ -132,6 +132,16 @@ class Finetuning:
         if penalty is not None:
             self.at.penalties.append(float(penalty.detach()))
         return float(loss.detach()), rate
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """Places in `rows` in the order of an epoch, computed once for all its steps."""
+        if epoch != self._order[0]:
+            if self.config.group_by_length:
+                lengths = _lengths(self.splits["train"])[self.rows]
+                self._order = epoch, order_by_length(lengths, self.config.batch_size, self.context.seed, epoch)
+            else:
+                self._order = epoch, epoch_order(len(self.rows), self.context.seed, epoch)
+        return self._order[1]
 
     def _padded(self, split: Unlabelled, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         sequences = [np.asarray(split.input_ids[int(row)]) for row in rows]
@@ -154,7 +164,7 @@ class Finetuning:
     def predict(self, split: Unlabelled) -> NDArray[np.float32]:
         """Logits [rows, num_labels] in the split's order; rows of like length are evaluated together."""
         self.model.eval()
-        order = np.argsort([len(each) for each in split.input_ids], kind="stable")
+        order = np.argsort(_lengths(split), kind="stable")
         logits = np.empty((len(split), self.task.num_labels), dtype=np.float32)
         for start in range(0, len(order), EVALUATION_BATCH):
             rows = order[start : start + EVALUATION_BATCH]
@@ -220,3 +230,7 @@ class Finetuning:
             shown = [names[value] if names else str(value) for value in predictions]
         lines = [f"{number}\t{value}\n" for number, value in zip(index, shown, strict=True)]
         (folder / f"{name}.tsv").write_text("index\tprediction\n" + "".join(lines))
+
+
+def _lengths(split: Unlabelled) -> NDArray[np.int64]:
+    return np.array([len(each) for each in split.input_ids], dtype=np.int64)

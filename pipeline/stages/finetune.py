@@ -22,6 +22,9 @@ class FinetuneRecipe(Settings):
 
     epochs: Count = Field(default=5, ge=1)
     batch_size: Count = Field(default=16, ge=1)
+    group_by_length: bool = Field(
+        default=False, description="batches of texts of like length: the same rows each epoch, less padding to compute, another order"
+    )
     max_rows: Count | None = Field(default=None, ge=1, description="training rows used at most, drawn by a seed of its own; null for all")
     learning_rate: Number = Field(default=4e-5, gt=0, description="peak")
     schedule: Schedule = "cosine"
@@ -66,7 +69,7 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
         "pipeline/encoders.py",

@@ -11,7 +11,7 @@ from fffsweep.pipeline.data.prepared import PreparedData
 from fffsweep.pipeline.finetuning import Finetuning
 from fffsweep.pipeline.glue import is_complete
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
-from fffsweep.pipeline.order import epoch_order
+from fffsweep.pipeline.order import epoch_order, order_by_length
 from fffsweep.pipeline.stage import StopRequested
 from fffsweep.pipeline.stages.finetune import Finetune, FinetuneConfig, FinetuneRecipe
 from fffsweep.pipeline.tasks import TASKS
@@ -98,17 +98,19 @@ def test_equal_runs_are_equal_to_the_bit_and_seeds_differ(context):
     assert run(config_of(), context("c", seed=1))["train/loss"] != first["train/loss"]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(context, monkeypatch):
-    expected = run(config_of(), context("whole"))
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_stopped_run_goes_on_to_the_same_bits(context, monkeypatch, grouped):
+    config = config_of(group_by_length=grouped)
+    expected = run(config, context("whole"))
     monkeypatch.setattr(finetuning, "STOP_POLL_S", -1)
     stops = iter([False] * 13 + [True])
     with pytest.raises(StopRequested):
-        Finetune().run(config_of(), context("halves", stop_requested=lambda: next(stops)))
+        Finetune().run(config, context("halves", stop_requested=lambda: next(stops)))
     again = context("halves", stop_requested=lambda: False)
-    resumed = Finetuning(config_of(), again)
+    resumed = Finetuning(config, again)
     resumed.resume()
     assert resumed.at.step == 14
-    assert run(config_of(), again) == expected
+    assert run(config, again) == expected
 
 
 @pytest.mark.parametrize("layer", [{"variant": "original_fff", "depth": 2}, {"variant": "fff", "depth": 2, "load_balancing": 9.0}])
@@ -156,6 +158,24 @@ def test_rows_are_put_in_order_once_an_epoch(context):
     assert epoch_order.cache_info().misses == 2
     expected = [np.random.Generator(np.random.Philox(key=[0, epoch])).permutation(tuned.rows) for epoch in range(2)]
     assert np.concatenate(read).tolist() == np.concatenate(expected).tolist()
+
+
+def test_grouped_by_length_every_row_is_read_once_with_little_padding(context):
+    lengths = np.random.default_rng(0).integers(3, 60, 8 * 130 + 5)
+    orders = [order_by_length(lengths, 8, 0, epoch) for epoch in (0, 0, 1)]
+    assert (orders[0] == orders[1]).all()
+    assert (orders[0] != orders[2]).any()
+    for order in orders:
+        assert sorted(order) == list(range(len(lengths)))
+        batches = lengths[order[: 8 * 130]].reshape(130, 8)
+        assert (batches.max(1) * 8).sum() < 1.1 * batches.sum()
+        assert np.ptp(batches.mean(1)[:10]) > 20  # short and long ones by turns
+    assert sorted(order_by_length(lengths[:5], 8, 0, 0)) == list(range(5))
+    tuned = Finetuning(config_of(group_by_length=True, max_rows=40), context())
+    read, padded = [], tuned._padded
+    tuned._padded = lambda split, rows: (read.append(rows) if split is tuned.splits["train"] else None, padded(split, rows))[1]
+    tuned.train()
+    assert all(sorted(np.concatenate(read[5 * epoch : 5 * epoch + 5])) == sorted(tuned.rows) for epoch in range(2))
 
 
 def test_padding_and_order_do_not_change_predictions(context, tiny_data):
