@@ -43,9 +43,8 @@ def cmm(
     check_call(x, w_in, b_in, w_out, shape, activation)
     name = implementation or choose(x, w_in, shape)
     if name == "native":
-        y = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
-        assert y is not None
-        return y
+        taken: Tensor = torch.ops.fffsweep.cmm(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
+        return taken
     if name == "triton":
         tokens, code = x.numel() // max(1, x.shape[-1]), ACTIVATIONS[activation].code
         return operator.cmm(x, w_in, b_in, w_out, shape.levels, code, entries.form_of(tokens, shape.trees, x.dtype))
@@ -61,7 +60,7 @@ def cmm(
 def _native(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str) -> Tensor | None:
     """What the native operator gives, None if it is not the one to take or refuses the call.
 
-    It checks whatever memory depends on, in little of the time that `check_call` needs to say what is wrong, which for one token would be most of all.
+    It checks whatever memory depends on, in little of the time that `check_call` needs to say what is wrong: more than one token's walk.
     """
     try:
         on_cpu = x.is_cpu and w_in.is_cpu and w_out.is_cpu and (b_in is None or b_in.is_cpu)

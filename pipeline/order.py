@@ -7,7 +7,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-
 SORTED_BATCHES = 50  # rows of so many batches are sorted together; more would bring the same rows together in every epoch
 
 

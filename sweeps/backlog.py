@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from fffsweep.pipeline.secrets import mask
@@ -127,6 +128,9 @@ class Backlog(Generic[T]):
                     items.remove(item)
         return True
 
+    def _has_closed_since(self, closed_s: float | None) -> bool:
+        return self._closed_s != closed_s
+
     def _lose(self, error: Exception) -> None:
         self.num_lost += 1
         self._say(f"{self._name} refuses an entry: {_first_line(error)}")
@@ -153,7 +157,7 @@ class Backlog(Generic[T]):
             if left_s <= 0:
                 return None
             with self._changed:  # closing cuts a long wait short, once
-                self._changed.wait_for((lambda: False) if closed_s is not None else (lambda: self._closed_s is not None), min(wait_s, left_s))
+                self._changed.wait_for(partial(self._has_closed_since, closed_s), min(wait_s, left_s))
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
