@@ -70,7 +70,12 @@ def scores(task: Task, predictions: Values, labels: Values) -> dict[str, float]:
 
 
 def baseline(task: Task, labels: Values) -> float | int:
-    """The best constant prediction by training labels: their mean, or the commonest class, the lowest of equally common ones."""
+    """The constant prediction that is best on the training labels: their mean, or the class by the task's primary metric.
+
+    Of classes that are equally good it is the commonest, of equally common ones the lowest.
+    """
     if task.kind == "regression":
         return float(labels.astype(np.float64).mean())
-    return int(np.bincount(labels.astype(np.int64)).argmax())
+    counts = np.bincount(labels.astype(np.int64), minlength=task.num_labels)
+    good = [scores(task, np.full(len(labels), each), labels)[task.primary] for each in range(len(counts))]
+    return max(range(len(counts)), key=lambda each: (good[each], counts[each]))

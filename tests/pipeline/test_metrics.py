@@ -52,6 +52,12 @@ def test_what_a_task_makes_of_logits():
     assert list(scores(TASKS["mrpc"], np.array([1, 0]), np.array([1, 0]))) == ["f1", "accuracy"]
 
 
-def test_baseline_is_the_commonest_class_or_the_mean():
+def test_baseline_is_the_best_class_by_the_primary_metric_or_the_mean():
+    assert baseline(TASKS["sst2"], np.array([0, 0, 1])) == 0
     assert baseline(TASKS["mrpc"], np.array([0, 1, 1])) == 1
+    # the commonest class has an F1 of 0
+    assert baseline(TASKS["mrpc"], np.array([0, 0, 0, 1])) == 1
+    # every constant has a Matthews correlation of 0
+    assert baseline(TASKS["cola"], np.array([0, 1, 1])) == 1
+    assert baseline(TASKS["mnli"], np.array([2, 2, 1, 1])) == 1
     assert baseline(TASKS["stsb"], np.array([1.0, 2.0, 4.5], np.float32)) == pytest.approx(2.5)
