@@ -19,11 +19,17 @@ def accuracy(predictions: Values, labels: Values) -> float:
 
 
 def f1(predictions: Values, labels: Values) -> float:
-    """F1 of class 1; with more than two classes the unweighted mean over classes. 0 where nothing is predicted or found."""
+    """F1 of class 1; 0 where it is neither predicted nor found."""
     from sklearn.metrics import f1_score
 
-    binary = set(np.unique(predictions)) | set(np.unique(labels)) <= {0, 1}
-    return float(f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0))
+    return float(f1_score(labels, predictions, average="binary", zero_division=0))
+
+
+def mean_f1(predictions: Values, labels: Values) -> float:
+    """Unweighted mean of the F1 of each class that is predicted or found."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
 def matthews(predictions: Values, labels: Values) -> float:
@@ -65,8 +71,9 @@ def decide(task: Task, logits: NDArray[np.float32]) -> Values:
 
 
 def scores(task: Task, predictions: Values, labels: Values) -> dict[str, float]:
-    """Each of the task's metrics."""
-    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+    """Each of the task's metrics; `f1` of a task of more than two classes is their mean, whichever of them occur here."""
+    metrics = METRICS if task.num_labels <= 2 else METRICS | {"f1": mean_f1}
+    return {name: metrics[name](predictions, labels) for name in task.metrics}
 
 
 def baseline(task: Task, labels: Values) -> float | int:

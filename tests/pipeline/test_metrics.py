@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fffsweep.pipeline.metrics import METRICS, baseline, decide, scores
-from fffsweep.pipeline.tasks import TASKS
+from fffsweep.pipeline.tasks import TASKS, Task
 
 PREDICTED = np.array([1, 0, 1, 1, 0, 0, 1, 0])
 LABELS = np.array([1, 0, 0, 1, 1, 0, 1, 0])  # 3 true positives, 1 false one, 1 missed, 3 true negatives
@@ -19,8 +19,11 @@ def test_classification_metrics():
 
 
 def test_f1_of_three_classes_is_the_mean_over_classes():
-    predicted, labels = np.array([0, 1, 2, 2]), np.array([0, 1, 2, 0])
-    assert METRICS["f1"](predicted, labels) == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    task = Task("three", "classification", 3, ("text",), ("f1",))
+    assert scores(task, np.array([0, 1, 2, 2]), np.array([0, 1, 2, 0]))["f1"] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    # where the third class does not occur it is the mean over the others, not the F1 of class 1
+    assert scores(task, np.array([0, 1]), np.array([1, 1]))["f1"] == pytest.approx((0 + 2 / 3) / 2)
+    assert scores(TASKS["mrpc"], np.array([0, 1]), np.array([1, 1]))["f1"] == pytest.approx(2 / 3)
 
 
 def test_correlations():
