@@ -190,9 +190,9 @@ def check_columns(task: Task, columns: Iterable[str], file: str, labelled: bool 
 
 
 def parse_label(task: Task, value: Any, file: str, row: int) -> float:
-    """Number of a label given as number, text or name. Raises ValueError with file, row and what is allowed."""
-    if isinstance(value, str) and value.strip() in task.label_names:
-        return float(task.label_names.index(value.strip()))
+    """Number of a label given as name, number or text, in this order. Raises ValueError with file, row and what is allowed."""
+    if (name := _name(value)) in task.label_names:
+        return float(task.label_names.index(name))
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -214,7 +214,7 @@ def parse_label(task: Task, value: Any, file: str, row: int) -> float:
 def _fault(task: Task, texts: tuple[Any, ...], label: Any) -> str | None:
     """Why a row cannot be used, or None."""
     faults = (_text_fault(column, text) for column, text in zip(task.text_columns, texts, strict=True))
-    return next(filter(None, faults), f"{task.label_column} is missing" if _is_missing(label) else None)
+    return next(filter(None, faults), f"{task.label_column} is missing" if _is_missing(task, label) else None)
 
 
 def _text_fault(column: str, text: Any) -> str | None:
@@ -225,16 +225,23 @@ def _text_fault(column: str, text: Any) -> str | None:
     return None if normalise(text) else f"{column} is empty"
 
 
-def _is_missing(label: Any) -> bool:
-    """A dash is how MNLI marks rows whose annotators did not agree."""
-    return label is None or (isinstance(label, str) and label.strip() in ("", "-")) or (isinstance(label, float) and math.isnan(label))
+def _is_missing(task: Task, label: Any) -> bool:
+    """A dash is how MNLI marks rows whose annotators did not agree; in a task of one's own it can be a class."""
+    if isinstance(label, str):
+        return label.strip() in ("", "-") and label.strip() not in task.label_names
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def _name(value: Any) -> str:
+    """A label as it stands in `label_names`: a column of whole numbers can have been read as 1 or 1.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def check_labels(task: Task, labels: Iterable[tuple[int, Any]], file: str) -> int:
     """Raise ValueError at the first label, given with its row, that is not the task's; how many labels there are."""
     count = 0
     for row, label in labels:
-        if not _is_missing(label):
+        if not _is_missing(task, label):
             parse_label(task, label, file, row)
             count += 1
     return count

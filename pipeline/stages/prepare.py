@@ -174,7 +174,7 @@ class Prepare:
     """Artifacts: `tokenizer/`, `corpus/<split>.arrow`, `tasks/<name>/<split>.arrow` and `task.json`, `data.json`, `bad_rows.jsonl`."""
 
     name: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/data/cleaning.py",
         "pipeline/data/directory.py",

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fffsweep.pipeline.data.loading import DatasetsReader
-from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, hold_out, parse_rows
+from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, check_labels, hold_out, parse_rows
 from fffsweep.pipeline.data.tables import DataFile, PlainReader, check_file, columns_of, documents_of, labels_of, rows_of
 from fffsweep.pipeline.tasks import TASKS, Task
 
@@ -117,6 +117,22 @@ def test_rows_are_normalised_and_labels_are_numbers(tmp_path):
     assert rows.texts[0] == ("a b", "c")
     scores = parsed([{"sentence1": "a", "sentence2": "b", "label": "4.25"}], TASKS["stsb"])
     assert scores.labels == [4.25]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "numbers"),
+    [
+        (("-", "+"), ["+", "-", " - "], [1, 0, 0]),  # a dash is a missing label elsewhere
+        (("1", "2", "3"), [3, 1, "2", 3.0], [2, 0, 1, 2]),  # a name before a number
+        (("no", "yes"), [1, "0", 0.0, "yes"], [1, 0, 0, 1]),
+    ],
+)
+def test_a_label_goes_by_its_name_first(names, labels, numbers):
+    task = Task("own", "classification", len(names), ("one",), ("accuracy",), label_names=names)
+    bad = BadRows()
+    assert parsed([{"one": "a", "label": label} for label in labels], task, bad).labels == numbers
+    assert bad.total == 0
+    assert check_labels(task, enumerate(labels, 1), "f") == len(labels)
 
 
 def test_a_row_s_number_is_its_column_or_its_place():
