@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fffsweep.pipeline.data.packing import join_texts
+from fffsweep.pipeline.data.text import normalise
 from fffsweep.pipeline.encoders import classifier_inputs  # the module makes the classes known to the Auto classes
 from fffsweep.pipeline.export import CARD
 from fffsweep.pipeline.optimisation import quiet_transformers
@@ -75,14 +76,15 @@ class Predictor:
         return found
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The model's inputs [texts, longest], joined and cut as the training data was."""
+        """The model's inputs [texts, longest], cleaned, joined and cut as the training data was.
+
+        `[SEP]` and the like are text to a classifier, as they were in training; a masked-language model is asked by `[MASK]`.
+        """
         tokenizer = self.tokenizer
+        options = {"add_special_tokens": False, "split_special_tokens": self.task is not None, "verbose": False}
         rows = []
         for text in texts:
-            parts = [
-                np.array(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
-                for part in text.split("\t")
-            ]
+            parts = [np.array(tokenizer(normalise(part), **options)["input_ids"], dtype=np.uint32) for part in text.split("\t")]
             second = parts[1] if len(parts) > 1 else None
             rows.append(join_texts(parts[0], second, self.length, tokenizer.cls_token_id, tokenizer.sep_token_id))
         return classifier_inputs(rows, tokenizer, self.model.config)

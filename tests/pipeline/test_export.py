@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import fffsweep.pipeline.predict as predicting
-from fffsweep.pipeline.data.vocabulary import make_tokenizer, save_tokenizer
+from fffsweep.pipeline.data.packing import join_texts
+from fffsweep.pipeline.data.text import normalise
+from fffsweep.pipeline.data.vocabulary import Encoder, make_tokenizer, save_tokenizer
 from fffsweep.pipeline.encoders import converted
 from fffsweep.pipeline.export import CARD, ExportError, export
 from fffsweep.pipeline.model import FffConfig, FffForMaskedLM, FffForSequenceClassification
@@ -144,6 +146,20 @@ def test_a_converted_encoder_reads_as_its_finetuning_did(store, tmp_path, varian
     assert (scores - without_types).abs().max() > 1e-3  # twenty times the tolerance
     with pytest.raises(ExportError, match="with --task"):
         export(store, origin, tmp_path / "bare", {})
+
+
+@pytest.mark.parametrize("text", ["a [SEP] b\tc", "a\x0cb [MASK]\tc [CLS]", "cafe\u0301 a\u200b\tb", " a  b \t" + "c [PAD] " * 20])
+def test_a_text_is_read_as_the_same_row_of_a_task_is(store, tmp_path, text):
+    _, manifest = trained(store, tmp_path / "made", {"variant": "none"}, "finetune")
+    pieces = [*WORDS, "[", "]", "sep", "mask", "cls", "pad", "caf\u00e9", "cafe\u0301", "##b"]
+    tokenizer = make_tokenizer(pieces, lowercase=False)
+    predictor = Predictor(export(store, manifest, tmp_path / "out", {}, get_task("qnli-like")))
+    save_tokenizer(tokenizer, tmp_path / "cased", 12)
+    predictor.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
+    encoder = Encoder(tokenizer)
+    parts = encoder.encode_each([normalise(part) for part in text.split("\t")])
+    row = join_texts(*parts, 12, encoder.cls, encoder.sep)
+    assert predictor._encoded([text])["input_ids"].tolist() == [row.tolist()]
 
 
 def test_a_regression_stays_in_its_range(store, tmp_path):
