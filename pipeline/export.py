@@ -92,6 +92,8 @@ def export(store: Store, trained: Manifest, folder: Path, facts: Mapping[str, An
             for target, name in files.items():
                 shutil.copyfile(store.read(manifest, name), aside / target)
         config = json.loads((aside / "config.json").read_text())
+        if config.get("type_vocab_size", 0) > 1:
+            _tell_types(aside)
         card = _card(trained, facts, task)
         (aside / "config.json").write_text(json.dumps(_for_inference(config, task), indent=2) + "\n")
         if config["model_type"] in _MODULES:
@@ -129,6 +131,18 @@ def _for_inference(config: dict[str, Any], task: Task | None) -> dict[str, Any]:
             config["label2id"] = {name: index for index, name in enumerate(names)}
         config["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
     return config
+
+
+def _tell_types(folder: Path) -> None:
+    """Let the tokenizer give each token's text of a pair, which an encoder with token types was finetuned on."""
+    tokenizer, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    pair = tokenizer["post_processor"]["pair"]
+    second = next(at for at, part in enumerate(pair) if part.get("Sequence", {}).get("id") == "B")
+    for part in pair[second:]:
+        next(iter(part.values()))["type_id"] = 1
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _card(trained: Manifest, facts: Mapping[str, Any], task: Task | None) -> dict[str, Any]:

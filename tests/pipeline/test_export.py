@@ -144,6 +144,12 @@ def test_a_converted_encoder_reads_as_its_finetuning_did(store, tmp_path, varian
     scores = torch.tensor([list(each.scores.values()) for each in found])
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     assert (scores - without_types).abs().max() > 1e-3  # twenty times the tolerance
+    # as the exported README has it
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        plain = torch.softmax(again(**tokenizer("a good film", "b c", return_tensors="pt")).logits, 1)
+    torch.testing.assert_close(plain, expected[:1], rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match="with --task"):
         export(store, origin, tmp_path / "bare", {})
 
