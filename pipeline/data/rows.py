@@ -100,7 +100,8 @@ class TaskRows:
 def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_column: str | None = None, first: int = 0) -> TaskRows:
     """Checked rows of one file. A row that is broken or lacks text or label goes to `bad`. first: rows of the split in files before.
 
-    A row's group is its first text unless a column says it: pairs with one premise or question belong together, as equal rows do.
+    A row's group is its first text, or the second where that is empty, unless a column says it: pairs with one premise or question belong
+    together, as equal rows do.
     Raises ValueError with file and row if a column is missing or a label is not one of the task's: then the whole file is in doubt.
     """
     parsed = TaskRows()
@@ -121,7 +122,7 @@ def parse_rows(task: Task, rows: Iterable[Row], file: str, bad: BadRows, group_c
         clean = tuple(normalise(str(text)) for text in texts)
         parsed.texts.append(clean)
         parsed.labels.append(parse_label(task, label, file, number))
-        parsed.groups.append(str(row.get(group_column)) if group_column else clean[0])
+        parsed.groups.append(str(row.get(group_column)) if group_column else next(filter(None, clean)))
         parsed.index.append(_index(row, place))
     return parsed
 
@@ -212,17 +213,23 @@ def parse_label(task: Task, value: Any, file: str, row: int) -> float:
 
 
 def _fault(task: Task, texts: tuple[Any, ...], label: Any) -> str | None:
-    """Why a row cannot be used, or None."""
-    faults = (_text_fault(column, text) for column, text in zip(task.text_columns, texts, strict=True))
-    return next(filter(None, faults), f"{task.label_column} is missing" if _is_missing(task, label) else None)
+    """Why a row cannot be used, or None. One of two texts may be empty: two of QQP's training rows are so."""
+    unread = next(filter(None, map(_unreadable, task.text_columns, texts)), None)
+    if unread is None and not any(map(normalise, texts)):
+        unread = f"{' and '.join(task.text_columns)} {'is' if len(texts) == 1 else 'are'} empty"
+    return unread or (f"{task.label_column} is missing" if _is_missing(task, label) else None)
 
 
 def _text_fault(column: str, text: Any) -> str | None:
+    return _unreadable(column, text) or (None if normalise(text) else f"{column} is empty")
+
+
+def _unreadable(column: str, text: Any) -> str | None:
     if not isinstance(text, str):
         return f"{column} is missing" if text is None else f"{column} is {type(text).__name__}, not text"
     if not is_valid_unicode(text):
         return f"{column} holds half a surrogate pair"
-    return None if normalise(text) else f"{column} is empty"
+    return None
 
 
 def _is_missing(task: Task, label: Any) -> bool:

@@ -148,7 +148,7 @@ def test_a_row_s_number_is_its_column_or_its_place():
         ({"one": "a", "two": None, "label": 0}, "two is missing"),
         ({"one": "a", "label": 0}, "two is missing"),
         ({"one": 3, "two": "b", "label": 0}, "one is int, not text"),
-        ({"one": "a", "two": " \u200b", "label": 0}, "two is empty"),
+        ({"one": "", "two": " \u200b", "label": 0}, "one and two are empty"),
         ({"one": "a", "two": "\ud83d", "label": 0}, "two holds half a surrogate pair"),
         ({"one": "a", "two": "b", "label": None}, "label is missing"),
         ({"one": "a", "two": "b", "label": "-"}, "label is missing"),
@@ -164,6 +164,19 @@ def test_bad_rows_are_left_out_counted_and_listed(tmp_path, row, reason):
     assert bad.summary()["counts"] == [{"file": "f", "reason": reason, "rows": 2}]
     listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert listed == [{"file": "f", "row": 2, "reason": reason}, {"file": "f", "row": 4, "reason": reason}] == bad.first
+
+
+def test_one_text_of_a_pair_may_be_empty():
+    """As in two training rows of QQP: without them the task would never be complete."""
+    bad = BadRows()
+    rows = parsed(
+        [{"one": "", "two": "b", "label": 0}, {"one": "a", "two": " ", "label": 1}, {"one": "a", "two": "b", "label": 1}], bad=bad
+    )
+    assert (rows.texts, rows.groups) == ([("", "b"), ("a", ""), ("a", "b")], ["b", "a", "a"])
+    assert bad.total == 0
+    single = Task("single", "classification", 2, ("one",), ("accuracy",))
+    assert len(parsed([{"one": " ", "label": 0}], single, bad)) == 0
+    assert bad.summary()["counts"] == [{"file": "f", "reason": "one is empty", "rows": 1}]
 
 
 @pytest.mark.parametrize(
