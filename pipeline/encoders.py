@@ -31,8 +31,8 @@ from fffsweep.pipeline.model import FffConfig, FffForSequenceClassification, Pen
 from fffsweep.pipeline.model_settings import FeedForward
 from fffsweep.pipeline.variants import make_feedforward
 
-# of embeddings, layers and head; DistilBERT has the latter two
-_DROPOUTS = ("hidden_dropout_prob", "dropout", "seq_classif_dropout")
+# of embeddings and layers, and of the head; DistilBERT has the latter two
+_DROPOUTS = ("hidden_dropout_prob", "classifier_dropout", "dropout", "seq_classif_dropout")
 
 
 class HeadSettings(Protocol):
