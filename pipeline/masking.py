@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,12 +70,13 @@ class Reading:
         return self.corpus[chosen]
 
 
-def unigram_loss(corpus: NDArray[Any], labels: Ids, vocabulary_size: int, limit: int = 1 << 26) -> float:
+def unigram_loss(corpus: NDArray[Any], labels: Ids, vocabulary_size: int, special_ids: Sequence[int] = (), limit: int = 1 << 26) -> float:
     """Cross-entropy, in nats, of predicting every label by the token frequencies of the first `limit` tokens of a corpus, add-one
-    smoothed: the plateau that a model stands on until it reads context."""
+    smoothed: the plateau that a model stands on until it reads context. `special_ids` are never asked, hence never predicted."""
     sequences = corpus[: max(1, limit // corpus.shape[1])]
     counts = np.ones(vocabulary_size)
     step = max(1, (1 << 22) // corpus.shape[1])
     for start in range(0, len(sequences), step):
         counts += np.bincount(sequences[start : start + step].ravel(), minlength=vocabulary_size)
-    return float(-np.log(counts / counts.sum())[labels].mean())
+    counts[list(special_ids)] = 0
+    return float(np.log(counts.sum()) - np.log(counts[labels]).mean())

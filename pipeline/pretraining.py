@@ -275,7 +275,7 @@ class Pretraining:
             "mlm/train_accuracy": last["accuracy"],
             "mlm/validation_loss": last["validation_loss"],
             "mlm/validation_accuracy": last["validation_accuracy"],
-            "mlm/unigram_loss": unigram_loss(self.corpus, labels, len(self.tokenizer)),
+            "mlm/unigram_loss": unigram_loss(self.corpus, labels, len(self.tokenizer), self.masking.special_ids),
             "mlm/tokens": at.sequences * self.corpus.shape[1],
             "params/total": sum(each.numel() for each in self.model.parameters()),
             "params/feedforward": sum(

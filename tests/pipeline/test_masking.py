@@ -65,3 +65,9 @@ def test_unigram_loss_is_the_entropy_of_the_frequencies():
     corpus = np.array([[0, 0, 0, 1] * 250], np.uint16)
     share = np.array([751, 251]) / 1002
     assert unigram_loss(corpus, np.array([0, 1]), 2) == pytest.approx(-np.log(share).mean())
+
+
+def test_tokens_that_are_never_asked_have_no_part_in_the_unigram_loss():
+    corpus = np.array([[2, 0, 0, 1], [2, 1, 0, 0]])
+    expected = unigram_loss(corpus[:, 1:], np.array([0, 1]), 2)
+    assert unigram_loss(corpus, np.array([0, 1]), 3, special_ids=(2,)) == pytest.approx(expected)

@@ -57,7 +57,7 @@ def test_every_variant_learns_and_leaves_its_artifacts(name, new_context):
     context = new_context()
     metrics = Pretrain().run(config_of(name, steps=150, learning_rate=1e-2), context)
     assert metrics["mlm/validation_loss"] < metrics["mlm/unigram_loss"] - 0.3  # it reads context
-    assert metrics["mlm/unigram_loss"] == pytest.approx(np.log(91), abs=0.1)
+    assert metrics["mlm/unigram_loss"] == pytest.approx(np.log(91), abs=0.05)  # with one [CLS] in 16 tokens it would be 0.065 more
     assert metrics["mlm/tokens"] == 150 * 8 * 16
     assert 0 < metrics["mlm/validation_accuracy"] < 1
     assert metrics["params/feedforward"] == 2 * NUM_FEEDFORWARD.get(name, 30 * (32 + 1 + 32))
