@@ -87,6 +87,11 @@ def _splits(rows: dict[str, TaskRows], task: Task, config: PrepareConfig, seed: 
         if not len(rows[split]):
             raise ValueError(f"task {task.name}: no row of split {split} can be used; expected at least one with text and label")
     train, selection = hold_out(rows["train"], config.selection_share, seed)
+    if not len(selection):
+        raise ValueError(
+            f"task {task.name}: its {len(train)} training rows have one {task.text_columns[0]} between them, and rows with the same first "
+            "text stay on one side, so none can be held out to select by; expected at least two: add rows, or name another column first"
+        )
     return {"train": train, "selection": selection, **{split: rows[split] for split in task.validation_splits}}
 
 

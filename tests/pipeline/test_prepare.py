@@ -325,6 +325,20 @@ def test_data_that_does_not_serve_is_refused_in_planning(folder, tmp_path, chang
     assert "\n" not in str(caught.value)
 
 
+def test_a_task_of_which_nothing_can_be_held_out_is_refused(folder, tmp_path):
+    """A prompt that all rows share as their first text: figures on the rows to select by could not be had in the end."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_rows(copy / "mine/train.jsonl", [{"prompt": "Good or bad?", "said": f"{i}", "mood": i % 2} for i in range(20)])
+    write_rows(copy / "mine/validation.jsonl", [{"prompt": "Good or bad?", "said": "ba ka", "mood": 1}])
+    both = {**OWN, "path": str(copy / "mine"), "text_columns": ["prompt", "said"]}
+    with pytest.raises(ValueError, match="task mine: its 20 training rows have one prompt between them"):
+        run(config(copy, tasks=[both]), tmp_path / "run")
+    assert (
+        len(run(config(copy, tasks=[{**both, "text_columns": ["said", "prompt"]}]), tmp_path / "run")[1].task("mine").splits["selection"])
+        == 2
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
