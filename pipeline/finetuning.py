@@ -162,7 +162,7 @@ class Finetuning:
 
     @torch.no_grad()
     def predict(self, split: Unlabelled) -> NDArray[np.float32]:
-        """Logits [rows, num_labels] in the split's order; rows of like length are evaluated together."""
+        """Logits [rows, num_labels] in the split's order; rows of like length are evaluated together. Raises DivergedError."""
         self.model.eval()
         order = np.argsort(_lengths(split), kind="stable")
         logits = np.empty((len(split), self.task.num_labels), dtype=np.float32)
@@ -171,6 +171,8 @@ class Finetuning:
             with optimisation.autocast(self.config.precision, self.context.device):
                 logits[rows] = self.model(**self._padded(split, rows)).logits.float().cpu().numpy()
         self.model.train()
+        if not np.isfinite(logits).all():  # of the last step, which no further loss tells of: it would score like a constant
+            raise optimisation.DivergedError(f"step {self.at.step}: predictions are not finite; nothing is published; lower learning_rate")
         return logits
 
     def publish(self) -> Metrics:

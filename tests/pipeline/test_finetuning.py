@@ -185,6 +185,21 @@ def test_padding_and_order_do_not_change_predictions(context, tiny_data):
     np.testing.assert_allclose(tuned.predict(split), alone, rtol=0, atol=1e-5)
 
 
+def test_a_model_that_broke_in_its_last_step_publishes_nothing(context, monkeypatch):
+    real = optimisation.apply_gradients
+
+    def break_at_last(model, *rest):
+        norm = real(model, *rest)
+        if next(steps) == 11:
+            torch.nn.init.constant_(model.classifier.bias, torch.nan)
+        return norm
+
+    steps = iter(range(12))  # 90 rows in batches of 8
+    monkeypatch.setattr(optimisation, "apply_gradients", break_at_last)
+    with pytest.raises(optimisation.DivergedError, match="step 12: predictions are not finite"):
+        run(config_of("value", epochs=1), context())
+
+
 def test_only_whole_glue_tasks_are_complete(context):
     rte = {"train": range(2241), "selection": range(249), "validation": range(277)}
     assert is_complete(TASKS["rte"], rte)
