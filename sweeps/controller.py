@@ -142,7 +142,7 @@ class Controller:
         reused = sum(self._book.state(key) == "reused" for key in self._book)
         if reused:
             self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
-        self._adopt(self._strategy.more(1))
+        self._draw(1)
         if not self._book.is_over():
             with catching_signals(self._stop, lambda: self._stopping):
                 self._drive()
@@ -168,7 +168,7 @@ class Controller:
                 if self._stopping or self._stop_file.exists():
                     self._stop()
                 if not self._stopping:
-                    self._adopt(self._strategy.more(self._num_slots(executor)))
+                    self._draw(self._num_slots(executor))
                     self._open_next()
                     self._submit_ready(executor)
                 if not self._running and (self._stopping or self._book.is_over() or (self._slice is not None and self._slice.is_over)):
@@ -184,6 +184,14 @@ class Controller:
         if self._executor_name == "inline":
             return InlineExecutor(self._files, lambda: self._stopping or self._stop_file.exists(), self._handle, claim, self._device)
         return RayExecutor(self._files, self._stop_file, self._address, claim)
+
+    def _draw(self, num_slots: int) -> None:
+        """Take up new trials until enough are under way: one at a point that others have run ends as it comes."""
+        while True:
+            changes = self._strategy.more(num_slots)
+            self._adopt(changes)
+            if not changes.plans:
+                return
 
     def _open_next(self) -> None:
         """In a part of a sweep, let the next trial begin once the one before has ended."""
@@ -239,6 +247,8 @@ class Controller:
 
     def _handle(self, event: Event) -> None:
         if event.kind == "progress":
+            if event.key not in self._running:  # heard of after its end, when nothing may need it any more
+                return
             for _, stage in self._book.users(event.key):
                 stage.worker = event.worker
                 stage.progress = event.progress or stage.progress
@@ -312,7 +322,9 @@ class Controller:
             trial, gained = self._book.adopt(plan)
             if len(gained) == len(trial.stages):
                 self._ledger.open_trial(trial)
-            if plan.spec.id not in changes.pruned and (self._slice is None or plan.spec.id in self._slice.opened):
+            if self._slice is not None:
+                self._slice.changed(plan.spec.id)
+            elif plan.spec.id not in changes.pruned:
                 self._queue(stage.planned.run.key for stage in trial.stages)
             for stage in gained:
                 if stage.state in DONE:

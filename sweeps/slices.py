@@ -81,6 +81,7 @@ class Slice:
         self._options, self._store, self._clock = options, store, clock
         self._begun = clock()
         self.opened: list[str] = []
+        self._under_way: str | None = None
         self.is_over = False
         self._hindrance: str | None = None
 
@@ -92,14 +93,20 @@ class Slice:
 
     def next(self, book: Book) -> TrialState | None:
         """The trial to open now, None while one is under way and when nothing more is to be begun."""
-        if self.is_over or any(book.trial(name).state not in ENDED for name in self.opened):
+        if self.is_over or (self._under_way is not None and book.trial(self._under_way).state not in ENDED):
             return None
         waiting = self._waiting(book)
         if not waiting or not self._fits(waiting[0], book):
             self.is_over = True
             return None
-        self.opened.append(waiting[0].plan.spec.id)
+        self._under_way = waiting[0].plan.spec.id
+        self.opened.append(self._under_way)
         return waiting[0]
+
+    def changed(self, trial: str) -> None:
+        """A trial has another plan, such as one with further seeds: it has to be opened again for that."""
+        if trial == self._under_way:
+            self._under_way = None
 
     def remainder(self, book: Book) -> Remainder:
         """What is left of the whole sweep."""

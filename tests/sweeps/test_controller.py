@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,15 +19,16 @@ from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun, StopRequested
 from fffsweep.pipeline.store import Store
-from fffsweep.sweeps import executors
+from fffsweep.sweeps import controller, executors
 from fffsweep.sweeps.backends import sqlite_url
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.controller import Controller
+from fffsweep.sweeps.executors import Event
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
 from fffsweep.sweeps.slices import InlineOptions
-from fffsweep.sweeps.strategy import FixedTrials
+from fffsweep.sweeps.strategy import Changes, FixedTrials
 
 OBJECTIVES = {"quality/avg": "maximize", "ff/cpu/rel_time": "minimize"}
 
@@ -122,13 +124,13 @@ class ToySweep(SimpleNamespace):
         return self.limits.get(stage, StageLimits())
 
 
-def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, options=InlineOptions(), **limits):
+def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, options=InlineOptions(), strategy=None, **limits):
     config = ToySweep(search=None, sampler="grid", name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
     folder = study_folder(tmp_path, config.name)
     lease = Lease(folder)
     try:
         listener = Quiet()
-        strategy = FixedTrials(plans_of(list(layouts)))
+        strategy = strategy or FixedTrials(plans_of(list(layouts)))
         outcome = Controller(config, strategy, tmp_path, folder, listener, "inline", None, load(folder), lease, options).run()
     finally:
         lease.release()
@@ -194,6 +196,39 @@ def test_a_result_that_was_removed_is_made_again_whatever_the_record_says(tmp_pa
     outcome, _, record = drive(tmp_path)
     assert outcome.num_run == 1
     assert {trial["state"] for trial in record["trials"]} == {"complete"}
+
+
+class OneByOne(FixedTrials):
+    """Brings a trial whenever none is under way, as a sampler that learns does."""
+
+    under_way = None
+
+    def start(self):
+        return Changes()
+
+    def finished(self, trial):
+        self.under_way = None
+        return Changes(tell={trial: {}})
+
+    def more(self, num_slots):
+        if self.under_way is not None or not self._plans:
+            return Changes()
+        self.under_way = self._plans.pop(0)
+        return Changes([self.under_way])
+
+
+@pytest.mark.parametrize("order", [(0, 0, 0, 1), (0, 1, 1, 0)])
+def test_a_trial_that_ends_as_it_comes_does_not_end_the_sweep(tmp_path, order):
+    """A sampler over a few choices draws a point again: all of that trial's stage runs have their results."""
+    plans = plans_of(["4x1", "2x2"])
+    drawn = [replace(plans[n], spec=SimpleNamespace(**{**vars(plans[n].spec), "id": f"t{i}"})) for i, n in enumerate(order)]
+    drive(tmp_path)
+    for _ in range(2):
+        outcome, _, record = drive(tmp_path, strategy=OneByOne(list(drawn)))
+        assert [(trial["id"], trial["state"]) for trial in record["trials"]] == [(f"t{i}", "complete") for i in range(len(order))]
+        assert (outcome.state, len(Toy.ran)) == ("complete", 7)
+        shutil.rmtree(tmp_path / "store")
+        Toy.ran.clear()
 
 
 def test_an_extended_study_runs_only_what_is_new(tmp_path):
@@ -333,6 +368,62 @@ def test_what_does_not_fit_a_slice_is_not_begun(tmp_path, monkeypatch):
     outcome, _, _ = drive(tmp_path, options=InlineOptions(slice_minutes=3.5))
     assert (Toy.ran, outcome.state, outcome.remainder.trials) == ([], "stopped", ("4x1", "2x2"))
     assert "trial 4x1 takes about 4.0 min: expected --slice-minutes 4.1 or more" in outcome.remainder.hindrance
+
+
+class Growing(FixedTrials):
+    """Once both trials are complete, both get a further seed; the second is timed against the first."""
+
+    def __init__(self, plans):
+        super().__init__(plans)
+        again = planned("pretrain again", plans[0].stages[0])
+        more = [again], [planned("benchmark again", again, plans[1].stages[1])]
+        self._grown = [
+            replace(plan, stages=(*plan.stages[:-1], *stages, planned(f"collect {number}", *stages)))
+            for number, (plan, stages) in enumerate(zip(plans, more, strict=True))
+        ]
+        self._complete = []
+
+    def finished(self, trial):
+        self._complete.append(trial)
+        return Changes(self._grown if len(self._complete) == 2 else [], tell={trial: {}})
+
+
+@pytest.mark.parametrize(("minutes", "left"), [(100.0, ()), (4.5, ("2x2",))])
+def test_further_seeds_are_slices_of_their_own_and_wait_for_nothing_that_is_not_begun(tmp_path, monkeypatch, minutes, left):
+    monkeypatch.setattr("fffsweep.sweeps.slices.History.median", lambda self, run: (60.0, 0, ""))
+    clock = iter(range(0, 10**6, 60))  # a minute goes by between two looks
+    slice_type = controller.Slice
+    monkeypatch.setattr(controller, "Slice", lambda options, store: slice_type(options, store, lambda: next(clock)))
+    wait = executors.InlineExecutor.wait
+
+    def waited(self, timeout_s):
+        assert self._queue, "the sweep goes on and nothing is begun"
+        return wait(self, timeout_s)
+
+    monkeypatch.setattr(executors.InlineExecutor, "wait", waited)
+    strategy = Growing(plans_of(["4x1", "2x2"]))
+    drive(tmp_path, strategy=strategy, options=InlineOptions(only=("4x1",)))
+    strategy._complete = []
+    outcome, _, record = drive(tmp_path, strategy=strategy, options=InlineOptions(slice_minutes=minutes))
+    assert outcome.remainder.trials == left
+    assert ("pretrain again" in Toy.ran, "benchmark again" in Toy.ran) == (True, not left)
+    assert drive(tmp_path, strategy=Growing(plans_of(["4x1", "2x2"])))[0].state == "complete"
+    assert max(Counter(Toy.ran).values()) == 1
+
+
+def test_figures_of_a_run_that_has_ended_are_left_out(tmp_path, monkeypatch):
+    """They travel by another way than its end, and by then a trial that has grown may not need the run any more."""
+    wait = executors.InlineExecutor.wait
+
+    def late(self, timeout_s):
+        ended = wait(self, timeout_s)
+        return [*ended, *(Event(event.key, "progress", {"done": 1}, "late") for event in ended), Event("0" * 40, "progress")]
+
+    monkeypatch.setattr(executors.InlineExecutor, "wait", late)
+    outcome, _, record = drive(tmp_path)
+    assert outcome.state == "complete"
+    assert {stage["progress"] is None for trial in record["trials"] for stage in trial["stages"]} == {True}
+    assert "late" not in {stage["worker"] for trial in record["trials"] for stage in trial["stages"]}
 
 
 def test_a_damaged_artifact_is_made_again(tmp_path, monkeypatch):
