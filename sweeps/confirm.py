@@ -20,7 +20,7 @@ def confirming(study: Mapping[str, Any], trial: Mapping[str, Any], num_seeds: in
     for path, value in trial["params"].items():
         *blocks, name = path.split(".")
         if blocks:  # a setting; the others are the shape, which the layout says
-            reduce(lambda block, inner: block[inner], blocks, config)[name] = value
+            reduce(lambda block, inner: block.setdefault(inner, {}), blocks, config)[name] = value
     reference = next((text for text in config["controls"] if text.startswith("reference_dense")), None)
     variant = trial["model"]["feedforward"]["variant"]
     controls = [reference] if reference else []

@@ -99,7 +99,8 @@ def test_a_confirming_study_reuses_the_seeds_that_are_there(name, request):
 def test_a_searched_trial_keeps_its_settings(request):
     overrides = [
         "sampler=grid",
-        "search={space: {stages.pretrain.learning_rate: [0.001, 0.002], model.feedforward.init: [normal, fan]}}",
+        "search={space: {stages.pretrain.learning_rate: [0.001, 0.002], model.feedforward.init: [normal, fan], "
+        "stages.finetune.overrides.stsb.epochs: [1]}}",
     ]
     config = load_config(request.config.rootpath / "sweeps" / "tiny.yaml", overrides)
     plans = build(config, expand(config))
