@@ -65,7 +65,7 @@ class SweepConfig(Settings):
         self._check_resources()
         for metric in self.objectives:
             if metric not in metrics_of(self):
-                raise Misfit(unknown_metric(metric, metrics_of(self)), "objectives", metric)
+                raise Misfit(unknown_metric(metric, self), "objectives", metric)
         return self
 
     def _check_space(self) -> None:

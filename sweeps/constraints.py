@@ -30,7 +30,9 @@ class Constraint:
     @property
     def text(self) -> str:
         """As `parse_constraint` reads it."""
-        return f"{self.metric} {'>=' if self.at_least else '<='} {self.bound:g}"
+        short = f"{self.bound:g}"
+        bound = short if float(short) == self.bound else repr(self.bound)
+        return f"{self.metric} {'>=' if self.at_least else '<='} {bound}"
 
     def violation(self, value: float) -> float:
         """How far `value` is beyond the bound; 0 and below is allowed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fffsweep.sweeps.config_errors import nearest_first
+from fffsweep.sweeps.search import searchable_shapes
 
 if TYPE_CHECKING:
     from fffsweep.sweeps.config import SweepConfig
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
 _PRETRAIN = (
     *("mlm/validation_loss", "mlm/validation_accuracy", "mlm/train_loss", "mlm/train_accuracy"),
     *("params/total", "params/feedforward", "memory/peak_rss_bytes", "time/tokens_per_s", "time/train_s"),
-    *("tree/leaf_entropy", "tree/dead_nodes", "ff/width", "ff/active_width"),
+    *("ff/width", "ff/active_width"),
 )
+_TREE = ("tree/leaf_entropy", "tree/dead_nodes")
 _CONVERT = ("params/total", "params/feedforward", "ff/width", "ff/active_width")  # what controls have too
 _BENCHMARK = ("rel_time", "ns_per_token")
 
@@ -26,6 +28,8 @@ def metrics_of(config: SweepConfig) -> list[str]:
     stages = config.stages
     trained = _PRETRAIN if stages.pretrain is not None else _CONVERT
     metrics = ["quality/avg", *(f"task/{task}/selection" for task in stages.finetune.tasks), *trained]
+    if stages.pretrain is not None and _dense_layout(config) is None:
+        metrics += _TREE
     for stage, benchmark in stages.benchmarks.items():
         device = stage.removeprefix("benchmark_")
         metrics += [f"ff/{device}/{figure}" for figure in _BENCHMARK]
@@ -33,12 +37,23 @@ def metrics_of(config: SweepConfig) -> list[str]:
     return metrics
 
 
-def unknown_metric(metric: str, known: list[str]) -> str:
-    """What to say of an objective that is not among `known`."""
+def _dense_layout(config: SweepConfig) -> str | None:
+    """A layout of the space that has no branches, and so no figures of them; None if there is none."""
+    search = config.search
+    if search is not None and "trees" in search.space:
+        return "Kx0" if min(search.space["depth"].probes()) == 0 else None
+    return next((shape.layout for shape in searchable_shapes(config) or config.shapes if shape.depth == 0), None)
+
+
+def unknown_metric(metric: str, config: SweepConfig) -> str:
+    """What to say of an objective that is not among `metrics_of`."""
+    known = metrics_of(config)
     if "validation" in metric and not metric.startswith("mlm/"):
         why = "a validation split is only reported; objectives take the rows held out for selection"
     elif metric.startswith(("ff/cpu/", "ff/gpu/")) and not any(name.startswith(metric[:7]) for name in known):
         why = f"no stage produces it, add stages.benchmark_{metric[3:6]}"
+    elif metric in _TREE and config.stages.pretrain is not None:
+        why = f"layout {_dense_layout(config)} has no branches to count, and all trials need it"
     else:
         why = "no configured stage produces it"
     return f"objective {metric}: {why}; expected one of {nearest_first(metric, known)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -66,14 +66,14 @@ class IntRange(Settings):
         _check_range(self.low, self.high, self.step if self.step != 1 else None, self.log)
         return self
 
-    def values(self) -> list[Any]:
-        """Every value there is."""
-        return list(range(self.low, self.high + 1, self.step))
+    def values(self) -> Sequence[Any]:
+        """Every value there is; none is made before it is asked for, as there may be a billion."""
+        return range(self.low, self.high + 1, self.step)
 
     def probes(self) -> list[Any]:
         """Values that show whether the range is allowed: all, or the ends of many."""
         values = self.values()
-        return values if len(values) <= _MOST_SINGLE else [values[0], values[-1]]
+        return list(values) if len(values) <= _MOST_SINGLE else [values[0], values[-1]]
 
 
 class Choices(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,10 +91,11 @@ def strata(config: SweepConfig) -> list[Stratum]:
 
 
 def grid_trials(config: SweepConfig, stratum: Stratum) -> Iterator[TrialSpec]:
-    """Every combination of the values that a stratum searches."""
+    """Every combination of the values that a stratum searches, those left out that do not go together."""
     assert config.search is not None
     for index, point in enumerate(config.search.grid(list(stratum.paths))):
-        yield searched_trial(config, stratum, index, point)
+        with contextlib.suppress(ValueError):
+            yield searched_trial(config, stratum, index, point)
 
 
 def searched_trial(config: SweepConfig, stratum: Stratum, index: int, point: Mapping[str, Any]) -> TrialSpec:

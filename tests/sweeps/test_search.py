@@ -3,7 +3,9 @@
 import pytest
 
 from fffsweep.sweeps.config import ConfigError, load_config
+from fffsweep.sweeps.constraints import parse_constraint
 from fffsweep.sweeps.graph import build
+from fffsweep.sweeps.optuna_study import distribution
 from fffsweep.sweeps.search import Search, lay_over
 from fffsweep.sweeps.space import REFERENCE, expand, strata
 
@@ -167,6 +169,41 @@ def test_what_does_not_go_together_is_refused_at_the_ends(tmp_path):
         load(tmp_path, text)
 
 
+def test_a_combination_inside_a_grid_that_does_not_go_together_costs_that_trial_alone(tmp_path):
+    text = "layouts: [4x3]\nsearch: {space: {model.hidden_size: [64, 96, 128], model.num_heads: [2, 3, 4]}}"
+    specs = [spec for spec in expand(load(tmp_path, text, "model.hidden_size=96")) if spec.stratum == "4x3"]
+    points = {spec.id: (spec.model.hidden_size, spec.model.num_heads) for spec in specs}
+    assert (points["4x3-t0"], points["4x3-t3"], points["4x3-t8"]) == ((64, 2), (96, 2), (128, 4))
+    assert sorted(set(range(9)) - {spec.index for spec in specs}) == [1, 7]  # three heads of 64 and of 128
+
+
+def test_a_wide_range_of_whole_numbers_is_never_written_out(tmp_path):
+    text = "layouts: [4x3]\nsampler: tpe\nsearch: {num_trials: 2, space: {stages.pretrain.tokens: {type: int, low: 1M, high: 1000G}}}"
+    (tokens,) = load(tmp_path, text).search.space.values()
+    assert tokens.probes() == [10**6, 10**12]
+    assert (distribution(tokens).low, distribution(tokens).high) == (10**6, 10**12)
+
+
+@pytest.mark.parametrize(
+    ("space", "dense"),
+    [
+        ("layouts: [60x0, 4x3]", "60x0"),
+        ("search: {space: {layout: [4x3, 60x0]}}", "60x0"),
+        ("search: {space: {trees: [4], depth: {type: int, low: 0, high: 3}}}", "Kx0"),
+        ("layouts: [4x3]", None),
+        ("search: {space: {trees: [4], depth: {type: int, low: 1, high: 3}}}", None),
+    ],
+)
+def test_figures_of_branches_are_no_objective_where_a_layout_has_none(tmp_path, space, dense):
+    path = tmp_path / "searched.yaml"
+    path.write_text(BASE.replace("params/total: minimize", "tree/dead_nodes: minimize") + space)
+    if dense is None:
+        assert "tree/dead_nodes" in load_config(path).objectives
+        return
+    with pytest.raises(ConfigError, match=f"objective tree/dead_nodes: layout {dense} has no branches to count"):
+        load_config(path)
+
+
 def test_a_searched_config_reads_back(tmp_path):
     config = load(tmp_path, GRID)
     assert type(config).model_validate(config.resolved()) == config
@@ -181,3 +218,10 @@ def test_lay_over_leaves_the_block_as_it_is():
 def test_steps_do_not_drift():
     search = Search.model_validate({"space": {"r": {"type": "float", "low": 0.1, "high": 0.7, "step": 0.1}}})
     assert search.space["r"].values() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+
+
+@pytest.mark.parametrize("text", ["params/total <= 1234567", "quality/avg >= 81.23456789", "quality_retention >= 0.96", "a <= 1e+06"])
+def test_a_constraint_keeps_its_bound(text):
+    assert parse_constraint(text).bound == float(text.split()[-1])
+    assert parse_constraint(parse_constraint(text).text) == parse_constraint(text)
+    assert parse_constraint("quality_retention>=.96").text == "quality_retention >= 0.96"
