@@ -368,10 +368,11 @@ class SearchTrials:
 
     def _can_grow(self, trial: _Trial, number: int) -> bool:
         """Whether so many replicates are not known to fail. Times are relative to the first trial, which has to have as many, unless
-        all there is to be run was run before it turned out to have fewer."""
+        all there is to be run was run before it turned out to have fewer; one that failed gets no more than it has."""
         assert self._graph is not None
         first = next(iter(self._trials.values()))
-        if number > trial.cap or number <= first.cap or not self._config.stages.benchmarks:
+        there = first.num_replicates if first.state == "failed" else first.cap
+        if number > trial.cap or number <= there or not self._config.stages.benchmarks:
             return number <= trial.cap
         plan = self._graph.plan(trial.spec, number, None if trial.racer is None else trial.racer.granted)
         return all(self._metrics_of(stage.run.key) is not None for stage in plan.stages)

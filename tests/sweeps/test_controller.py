@@ -404,7 +404,7 @@ def test_further_seeds_are_slices_of_their_own_and_wait_for_nothing_that_is_not_
     strategy = Growing(plans_of(["4x1", "2x2"]))
     drive(tmp_path, strategy=strategy, options=InlineOptions(only=("4x1",)))
     strategy._complete = []
-    outcome, _, record = drive(tmp_path, strategy=strategy, options=InlineOptions(slice_minutes=minutes))
+    outcome, _, _ = drive(tmp_path, strategy=strategy, options=InlineOptions(slice_minutes=minutes))
     assert outcome.remainder.trials == left
     assert ("pretrain again" in Toy.ran, "benchmark again" in Toy.ran) == (True, not left)
     assert drive(tmp_path, strategy=Growing(plans_of(["4x1", "2x2"])))[0].state == "complete"

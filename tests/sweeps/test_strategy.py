@@ -68,7 +68,9 @@ class World:
                     broken = self.broken[stage.run.key] = name
                 if broken is None and stage.run.key not in self.metrics:
                     if not all(key in self.metrics for key in stage.run.inputs.values()):
-                        assert waiting, f"{stage.label} of {name} reads what nobody makes"
+                        made = self.metrics.keys() | {each.run.key for plan in self.plans.values() for each in plan.stages}
+                        assert waiting, f"{stage.label} of {name} waits for ever"
+                        assert made >= set(stage.run.inputs.values()), f"{stage.label} of {name} reads what nobody makes"
                         waiting.append(name)
                         break
                     if kill_after <= 0:
@@ -226,6 +228,24 @@ def test_a_further_seed_that_fails_takes_nothing_away_and_is_not_tried_again(tmp
     assert all(plan.is_whole and plan.stages[-1].run.key in killed.metrics for plan in killed.plans.values())
     if "reference" not in case:
         assert seeds(killed) == before
+
+
+@pytest.mark.parametrize("label", ["finetune/0/sst2-like/0", "benchmark_cpu/0"])
+def test_no_further_seed_is_timed_against_one_that_a_failed_reference_never_gets(tmp_path, label):
+    overrides = ("sampler=random", "search.num_trials=5", "stages.benchmark_cpu.num_activation_tokens=64")
+    world = World(tmp_path, SEEDED, *overrides, noise=0.2)
+    world.breaks = lambda plan, stage: plan.spec.id == "reference_dense" and stage.label == label
+    for _ in range(2):
+        assert world.drive()
+        assert list(world.broken.values()) == ["reference_dense"]
+        others = [plan for name, plan in world.plans.items() if name != "reference_dense"]
+        assert all(plan.stages[-1].run.key in world.metrics for plan in others)
+        made = {stage.run.key for plan in world.plans.values() for stage in plan.stages}
+        assert all(key in made for plan in others for stage in plan.stages for key in stage.run.inputs.values())
+
+    world.breaks = lambda plan, stage: False  # mended
+    assert world.drive()
+    assert max(len({stage.replicate for stage in plan.stages}) for plan in world.plans.values()) > 2
 
 
 def test_a_searched_shape_is_drawn_and_told_as_one_trial(tmp_path):
