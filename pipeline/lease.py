@@ -111,7 +111,7 @@ class Lease:
         if _same_host(holder):
             alive = _lives(holder)
         else:
-            alive = now - seen <= self._ttl_s
+            alive = abs(now - seen) <= self._ttl_s  # a clock may be set back; whoever lives touches its file by the new one soon
         if alive:
             raise LeaseHeld(f"{_describe(holder)} (last sign of life {max(0.0, now - seen):.0f} s ago)")
 
@@ -160,7 +160,15 @@ def _here() -> dict[str, Any]:
 @functools.cache
 def _started(pid: int) -> float:
     """When this process began; a fork of it has another number."""
-    return psutil.Process(pid).create_time()
+    return _begun(pid)
+
+
+def _begun(pid: int) -> float:
+    """When a process began, in ticks since this boot where the system counts them: those stay as they are when the clock is set."""
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return psutil.Process(pid).create_time()
 
 
 @functools.cache
@@ -179,7 +187,7 @@ def _same_host(holder: dict[str, Any]) -> bool:
 def _lives(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(int(holder["pid"]))
-        return abs(process.create_time() - float(holder["started"])) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        return _begun(process.pid) == float(holder["started"]) and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, KeyError, ValueError):
         return False
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from fffsweep.pipeline.lease import Claim, Lease, LeaseHeld, LeaseLost, holder_of
@@ -44,6 +45,25 @@ def test_a_killed_holder_on_this_host_is_none_at_once(tmp_path):
             Lease(tmp_path)
         owner.kill()
     assert Lease(tmp_path).epoch == 2
+
+
+def test_setting_the_clock_makes_nobody_dead_on_this_host(tmp_path, monkeypatch):
+    lease = Lease(tmp_path)
+    boot_time = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_time + 3600)  # what the kernel says of it follows the clock
+    assert psutil.Process().create_time() > time.time() + 1000
+    with pytest.raises(LeaseHeld):
+        Lease(tmp_path)
+    lease.release()
+
+
+def test_a_clock_that_was_set_back_keeps_nobody_alive_elsewhere(tmp_path):
+    Lease(tmp_path)
+    elsewhere(tmp_path, age_s=-5)
+    with pytest.raises(LeaseHeld, match="process 11 on node-7"):
+        Lease(tmp_path, ttl_s=10)
+    elsewhere(tmp_path, age_s=-3600)
+    assert Lease(tmp_path, ttl_s=10).epoch == 2
 
 
 def test_a_holder_on_another_host_is_dead_when_silent_for_long(tmp_path):
