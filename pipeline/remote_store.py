@@ -111,9 +111,11 @@ class RemoteStore(Store):
 
     def fetch_work(self, key: str) -> None:
         folder = self.work_path(key) / "checkpoints"
-        if folder.exists() and any(folder.iterdir()):
+        here = {path.name for path in folder.glob("*") if not path.name.startswith(".")}
+        there = self._saved(key)
+        if here and _newest(there) <= _newest(here):
             return
-        for name in self._saved(key):
+        for name in there - here:
             self._download(f"work/{key}/{name}", folder / name)
 
     def save_work(self, key: str) -> None:
@@ -181,6 +183,11 @@ class RemoteStore(Store):
                 if not chunk:
                     return
                 yield chunk
+
+
+def _newest(names: set[str]) -> str:
+    """The checkpoint of the latest step, by which their names are ordered; empty if there is none."""
+    return max((name for name in names if name.startswith("step-")), default="")
 
 
 def _manifest(key: str) -> str:

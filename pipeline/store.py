@@ -199,7 +199,7 @@ class Store:
         self.manifest_path(key).unlink(missing_ok=True)
 
     def fetch_work(self, key: str) -> None:
-        """Bring the checkpoints of an unfinished run here, if another machine left some and there are none."""
+        """Bring the checkpoints of an unfinished run here, if another machine left some that are newer than those here."""
 
     def save_work(self, key: str) -> None:
         """Put the checkpoints of an unfinished run where other machines find them."""

@@ -141,6 +141,24 @@ def test_older_checkpoints_go_on_the_remote_too(machines):
     one.drop_work("k")
 
 
+def test_a_machine_that_had_the_run_before_goes_on_from_what_another_did_since(machines):
+    one, two = machines
+    first, later = (f"step-{step:012d}-{'0' * 16}.pt" for step in (100, 900))
+    for machine, name in ((one, first), (two, later)):
+        machine.fetch_work("k")
+        folder = machine.work_path("k") / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+        machine.save_work("k")
+    one.fetch_work("k")
+    assert (one.work_path("k") / "checkpoints" / later).read_text() == later
+    (two.work_path("k") / "checkpoints" / f"step-{10**3:012d}-{'0' * 16}.pt").write_text("newer")
+    two.fetch_work("k")  # what is here is newer than what is there
+    assert len(list((two.work_path("k") / "checkpoints").iterdir())) == 3
+    one.save_work("k")
+    assert {first, later} <= one._saved("k")
+
+
 class Refusing:
     """A file system whose next calls, or reads of a stream, are refused in the words of pyarrow."""
 
