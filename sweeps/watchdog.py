@@ -108,7 +108,10 @@ def take_fate(fate: Path) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def alarmed(resources: Resources) -> Iterator[None]:
-    """Raise TooLong or TooMuchMemory in what runs inside, in this process's main thread, at the next Python instruction."""
+    """Raise TooLong or TooMuchMemory in what runs inside, in this process's main thread, at the next Python instruction.
+
+    Once: clearing up after it may take as long as it takes.
+    """
     if resources.timeout_s is None and resources.memory_bytes is None:
         yield
         return
@@ -116,9 +119,11 @@ def alarmed(resources: Resources) -> Iterator[None]:
 
     def check(number: int, frame: FrameType | None) -> None:
         if resources.timeout_s is not None and time.monotonic() - begun > resources.timeout_s:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise TooLong(f"still running after its timeout of {resources.timeout_s:g} s")
         used = process.memory_info().rss
         if resources.memory_bytes is not None and used > resources.memory_bytes:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise TooMuchMemory(f"used {used / 1e6:.0f} MB of memory, its limit is {resources.memory_bytes / 1e6:.0f} MB")
 
     before = signal.signal(signal.SIGALRM, check)

@@ -11,11 +11,13 @@ import pytest
 
 from fffsweep.pipeline.settings import canonical_json
 from fffsweep.pipeline.stage import Resources, StageRun
+from fffsweep.pipeline.stages.noop import Noop
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps import executors
 from fffsweep.sweeps.capacity import Capacity, Node
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.controller import run_sweep
-from fffsweep.sweeps.executors import attempt, of_the_machine
+from fffsweep.sweeps.executors import InlineExecutor, attempt, of_the_machine
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.plan import make_plan
 from fffsweep.sweeps.ray_executor import capacity_of
@@ -184,6 +186,27 @@ def test_a_timing_has_the_largest_node_that_can_hold_it_alone():
     assert unequal.whole_node_cpus(ALONE) == 8  # half of it would do on the smaller one, and leave room for another here
     assert unequal.has_room(ALONE, [TWO])
     assert not unequal.has_room(ALONE, [ALONE])
+
+
+def test_clearing_up_after_a_timeout_is_not_timed(tmp_path, monkeypatch):
+    """As when checkpoints are brought to a remote store, or the store is asked whether another attempt published."""
+    slow = []
+
+    def endless(self, config, context):
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            slow.append(time.sleep(0.6))
+
+    holds = executors._holds
+    monkeypatch.setattr(Noop, "run", endless)
+    monkeypatch.setattr(executors, "_holds", lambda store, key: slow.append(time.sleep(0.6)) or holds(store, key))
+    executor = InlineExecutor(Store(tmp_path), lambda: False, lambda event: None)
+    executor.submit(StageRun("noop", 1, {"name": "a"}, 0), Resources(timeout_s=0.1))
+    (event,) = executor.wait(0)
+    assert (event.kind, event.fault, len(slow)) == ("failed", "infrastructure", 2)
+    assert "still running after its timeout of 0.1 s" in event.message
 
 
 def test_memory_is_counted():
