@@ -87,7 +87,10 @@ def merged(ours: list[TrialState], theirs: list[TrialState], names: Names, store
 
 
 def decisions_of(theirs: Iterable[Decision], ours: Collection[Decision], names: Names, taken: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Decisions made elsewhere that hold here too: of trials that were taken from there, and of those that none was made of here."""
+    """Decisions made elsewhere that hold here too: of trials that were taken from there, and of those that none was made of here.
+
+    That a further seed failed there is no reason to take seeds from a trial that stays as it is here.
+    """
     drawn = {(each["drawn"], each["index"]) for each in ours if "drawn" in each}
     decided = {each["trial"] for each in ours if "trial" in each}
     for each in theirs:
@@ -96,7 +99,9 @@ def decisions_of(theirs: Iterable[Decision], ours: Collection[Decision], names: 
             if name is not None and (place := (each["drawn"], _number(name))) not in drawn:
                 drawn.add(place)
                 yield {**each, "index": place[1]}
-        elif (name := names.by_name.get(each.get("trial", ""))) is not None and (name in taken or name not in decided):
+        elif (name := names.by_name.get(each.get("trial", ""))) is not None and (
+            name in taken or (name not in decided and "seeds" not in each)
+        ):
             yield {**each, "trial": name}
 
 

@@ -14,6 +14,7 @@ from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.import_results import import_results, to_lines
+from fffsweep.sweeps.merge import Names, decisions_of
 from fffsweep.sweeps.optuna_study import OptunaStudy
 from fffsweep.sweeps.record import load, study_folder
 from fffsweep.sweeps.search import Search
@@ -127,6 +128,12 @@ def test_what_cannot_have_another_name_is_refused_before_anything_is_written(sit
     with pytest.raises(ConfigError, match=r"1x3-t0 and 2 more of there are other trials than .*nothing was imported: import them into"):
         import_results(there, here)
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file() and "driver" not in path.parts} == before
+
+
+def test_a_seed_that_failed_elsewhere_takes_none_from_a_trial_that_stays_as_it_is_here():
+    names = Names({"4x3": "4x3", "1x8": "1x8"})
+    theirs = [{"trial": "4x3", "seeds": 1}, {"trial": "1x8", "seeds": 2}, {"trial": "4x3", "promoted": 1}]
+    assert list(decisions_of(theirs, [], names, {"1x8"})) == theirs[1:]
 
 
 def test_optuna_tells_points_of_one_name_apart(tmp_path):
