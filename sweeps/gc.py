@@ -5,6 +5,7 @@ Kept are all results, and of every unfinished stage run of a study its checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -40,15 +41,16 @@ def find(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list
         for trial in stored["trials"]:
             for stage in trial["stages"]:
                 wanted[stage["key"]] = stage["state"] not in ("complete", "reused", "failed")
-    found: list[Garbage] = []
+    found: list[tuple[Path, str]] = []
     held: set[str] = set()
     for key in list(store.keys()):
         if unused and key not in wanted:
-            path = store.manifest_path(key)
-            found.append(Garbage(path, path.stat().st_size, "result of no study"))
+            found.append((store.manifest_path(key), "result of no study"))
         else:
             try:
                 held |= {artifact.sha256 for artifact in store.get(key).artifacts.values()}
+            except KeyError:  # withdrawn meanwhile
+                continue
             except DamagedArtifact as error:
                 raise ConfigError(
                     f"{error}; nothing is known of the files that it holds: fffsweep verify STUDY --repair withdraws it; "
@@ -59,22 +61,26 @@ def find(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list
     for path in (store.root / "objects").glob("*/*"):
         if path.name not in held:
             why = "left of an interrupted write" if path.name.startswith(".") else "held by no result"
-            found.append(Garbage(path, path.stat().st_size, why))
-    found += [Garbage(path, path.stat().st_size, "left of an interrupted write") for path in (store.root / "manifests").glob("*/.*")]
-    found += [Garbage(path, path.stat().st_size, "left of a killed process") for path in results.glob(".mlflow.db.*")]
+            found.append((path, why))
+    found += [(path, "left of an interrupted write") for path in (store.root / "manifests").glob("*/.*")]
+    found += [(path, "left of a killed process") for path in results.glob(".mlflow.db.*")]
     for path in (store.root / "work").glob("*"):
         key = path.name.removesuffix(".lock")
         if not _KEY.fullmatch(key):
             continue
         if store.has(key):
-            found.append(Garbage(path, _size(path), "work of a finished stage run"))
+            found.append((path, "work of a finished stage run"))
         elif key not in wanted:
-            found.append(Garbage(path, _size(path), "work of a stage run of no study"))
+            found.append((path, "work of a stage run of no study"))
         elif path.is_dir():
             attempts = path.glob("attempt-*")  # inputs and outputs of an attempt that was killed; its checkpoints lie beside them
-            found += [Garbage(attempt, _size(attempt), "left of a killed attempt") for attempt in attempts]
-    old = time.time() - young_s
-    return sorted((entry for entry in found if entry.path.lstat().st_mtime <= old), key=lambda entry: -entry.num_bytes)
+            found += [(attempt, "left of a killed attempt") for attempt in attempts]
+    old, there = time.time() - young_s, []
+    for path, why in found:
+        with contextlib.suppress(FileNotFoundError):  # a driver that is at work has cleared it up, or given it its name
+            if path.lstat().st_mtime <= old:
+                there.append(Garbage(path, _size(path), why))
+    return sorted(there, key=lambda entry: -entry.num_bytes)
 
 
 def collect(results: Path, unused: bool = False, young_s: float = _YOUNG_S) -> list[Garbage]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fffsweep.pipeline.store import Store
+from fffsweep.sweeps import gc
 from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.gc import collect, find
 from fffsweep.sweeps.record import Lease, study_folder
@@ -92,3 +93,25 @@ def test_nothing_goes_while_a_manifest_cannot_be_read(results):
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"is damaged: it is not a manifest; .*--repair withdraws it"):
         collect(results, young_s=0)
+
+
+def test_looking_bears_with_a_driver_that_clears_up_meanwhile(littered, monkeypatch):
+    results, files = littered
+    gone = {"torn", "done"}
+    size, has = gc._size, Store.has
+
+    def cleared(path):
+        for name in gone:
+            files[name].unlink(missing_ok=True)
+        return size(path)
+
+    monkeypatch.setattr(gc, "_size", cleared)
+    found = find(results, young_s=-1)
+    assert files["loose"] in {entry.path for entry in found}
+    assert files["torn"] not in {entry.path for entry in found}
+
+    get = Store.get
+    withdrawn = next(Store(results / "store").keys())
+    monkeypatch.setattr(Store, "get", lambda self, key: self.forget(key) or get(self, key) if key == withdrawn else get(self, key))
+    assert len(find(results, young_s=-1)) >= len(found)
+    assert not has(Store(results / "store"), withdrawn)
