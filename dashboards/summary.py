@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fffsweep.dashboards.queries import BASELINE, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.trial import Estimate, TrialView
-from fffsweep.sweeps.statistics import confidence_reached
+from fffsweep.sweeps.statistics import CONFIDENCE, confidence_reached
 
 ABSENT = "–"
 
@@ -46,6 +46,8 @@ COLUMNS = (
     Column("limit", "limit", "speed-up that the number of multiplications would allow"),
     Column("p_front", "P(front)", "probability of being on the front, from the replicates"),
 )
+_KEYS = [column.key for column in COLUMNS]
+_SHOWN = (QUALITY, REL_TIME, "ff/active_width", "ff/width")  # metrics that have a column already
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -82,9 +84,10 @@ def _row(view: StudyView, trial: TrialView, front: set[str], chances: dict[str, 
         "role": ", ".join(role for role in trial.controls if role != trial.id),
         "active": f"{trial.active_width} of {trial.width}" if trial.width else "0",
     }
+    others = [name for name in view.objectives if name not in _SHOWN]
     if not trial.metrics:
         state = trial.state if trial.error is None else f"{trial.state}: {trial.error}"
-        return Row(trial, {**cells, "quality": state, **{c.key: "" for c in COLUMNS if c.key not in (*cells, "quality")}}, False)
+        return Row(trial, {**cells, "quality": state, **{key: "" for key in (*_KEYS, *others) if key not in (*cells, "quality")}}, False)
     quality, baseline = trial.value(QUALITY), trial.value(BASELINE[QUALITY])
     rel_time = trial.value(REL_TIME)
     cells |= {
@@ -98,12 +101,15 @@ def _row(view: StudyView, trial: TrialView, front: set[str], chances: dict[str, 
         "limit": number(view.flop_limit(trial), 1),
         "p_front": number(chances.get(trial.id)),
     }
+    cells |= {name: with_interval(trial.estimate(name), 3) for name in others}
     return Row(trial, cells, trial.id in front)
 
 
 def used_columns(shown: Sequence[Row]) -> list[Column]:
-    """Columns in which some row says something."""
-    return [column for column in COLUMNS if any(row.cells[column.key] not in ("", ABSENT) for row in shown)]
+    """Columns in which some row says something, and last the study's objectives that none of `COLUMNS` shows, under their names."""
+    others = dict.fromkeys(name for row in shown for name in row.cells if name not in _KEYS)
+    columns = [*COLUMNS, *(Column(name, name, f"{name}: an objective of the study") for name in others)]
+    return [column for column in columns if any(row.cells[column.key] not in ("", ABSENT) for row in shown)]
 
 
 def interval_note(view: StudyView) -> str:
@@ -111,9 +117,12 @@ def interval_note(view: StudyView) -> str:
     count, most = view.seeds_of_trials
     if most > count:
         said = f"[low, high]: 95 % bootstrap interval over the replicates (pretraining seeds) of a trial, {count} to {most}, paired by seed"
+        few = [n for n in range(max(count, 2), most + 1) if confidence_reached(n) < CONFIDENCE]
+        if few:
+            said += f"; {' and '.join(map(str, few))} can carry {' and '.join(f'{100 * confidence_reached(n):.0f}' for n in few)} % at most"
         return f"{said}; a trial with one has no interval, and P(front) needs two of every trial." if count < 2 else f"{said}."
     if count < 2:
         return "One replicate (pretraining seed): no intervals and no probability of being on the front. Set seeds.pretrain to 2 or more."
     reached = confidence_reached(count)
     note = f"[low, high]: 95 % bootstrap interval over {count} replicates (pretraining seeds), paired by seed"
-    return f"{note}." if reached >= 0.95 else f"{note}; so few can carry {100 * reached:.0f} % at most."
+    return f"{note}." if reached >= CONFIDENCE else f"{note}; so few can carry {100 * reached:.0f} % at most."

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from fffsweep.dashboards import formats
-from fffsweep.dashboards.queries import load_study
+from fffsweep.dashboards.queries import StudyView, load_study
 from fffsweep.dashboards.summary import number
+from fffsweep.sweeps.record import study_folder
 
 INTERVALS = {
     "type": "object",
@@ -117,6 +118,21 @@ def test_pareto_table_holds_front_and_controls(whole):
     for trial in (*(entry.trial for entry in whole.front()), whole.trial("none"), whole.trial("dense_active(1x8)")):
         assert trial.id in out.getvalue()
     assert "no layer" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_every_objective_has_a_column(results, name):
+    record = json.loads((study_folder(results, name) / "study.json").read_text())
+    view = StudyView(results, {**record, "objectives": {"quality/avg": "maximize", "mlm/validation_loss": "minimize"}})
+    title, *lines = printed(view, "table").splitlines()
+    assert title.endswith("mlm/validation_loss")
+    losses = {trial.id: f"{trial.metrics['mlm/validation_loss']:.3f}" for trial in view.finished}
+    shown = {line.split()[line.startswith("*")]: line for line in lines[: len(view.trials)]}
+    assert losses
+    assert all(loss in shown[trial].rpartition("]  ")[2] for trial, loss in losses.items())
+    assert r"mlm/validation\_loss" in printed(view, "markdown")
+    assert r"mlm/validation\_loss" in printed(view, "latex")
+    assert "mlm/validation_loss" not in printed(load_study(results, name), "table")
 
 
 def test_a_study_without_results_still_prints(fresh):

@@ -197,5 +197,6 @@ def test_seeds_that_differ_from_trial_to_trial_are_told(generated, tmp_path):
     assert view.seeds_of_trials == (1, 3)
     note = interval_note(view)
     assert "1 to 3" in note
+    assert "2 and 3 can carry 50 and 75 % at most" in note
     assert "One replicate" not in note
     assert ("replicates", "1 to 3", "pretraining seeds of each trial") in tiles(view)
