@@ -44,6 +44,7 @@ MARKERS = {
     "layout": "circle",
     "front": "circle",
     "reference": "square",
+    "none": "hexagon",
     "dense_active": "diamond",
     "random_routing": "triangle-up",
     "unchanged": "pentagon",
@@ -188,6 +189,12 @@ def level(trial: TrialView | None, metric: str, remark: str) -> tuple[list[Spec]
     return [entry], {"shapes": shapes}
 
 
+def pareto_axes(view: StudyView) -> tuple[str, str, str | None]:
+    """x, y and the colour of the Pareto figure: the study's first objective upwards, the second to the right, the third as colour."""
+    names = list(view.objectives)
+    return (names[0] if len(names) == 1 else names[1], names[0], names[2] if len(names) > 2 else None)
+
+
 def pareto(
     view: StudyView, x: str = REL_TIME, y: str = QUALITY, third: str | None = None, trials: Sequence[TrialView] | None = None
 ) -> Figure:
@@ -199,16 +206,14 @@ def pareto(
     names = [name for name in (y, x, third) if name]
     directions = [maximised(name, view.objectives) for name in names]
     wanted = view.competing(names)
-    timed = [name for name in (x, y) if name == REL_TIME]  # a layer that is absent takes no time and has no place there
-    shown = [
-        trial for trial in (wanted if trials is None else trials) if trial in wanted and all(trial.metrics[name] > 0 for name in timed)
-    ]
+    shown = [trial for trial in (wanted if trials is None else trials) if trial in wanted]
     front = [entry.trial for entry in view.front(names, directions, shown)]
     members = sorted(front, key=lambda trial: (trial.metrics[x], trial.metrics[y]))
     infeasible = [trial for trial in shown if view.violated(trial)]
     dominated = [trial for trial in shown if trial not in {*members, *infeasible}]
     overlays = [trial for trial in view.finished if trial.controls and x in trial.metrics and y in trial.metrics]
-    overlays = [trial for trial in overlays if all(trial.metrics[name] > 0 for name in (x, *timed))]
+    if x.startswith("ff/") or y.startswith("ff/"):  # what is absent has no time, no width and no place there
+        overlays = [trial for trial in overlays if trial.variant != "none"]
     data = []
     if dominated:
         faded = points(view, dominated, x, y, "layout", len(dominated) <= _MANY, name="dominated", opacity=0.45)
@@ -227,11 +232,12 @@ def pareto(
         for trace in data:
             by_id = {trial.id: trial.metrics[third] for trial in shown}
             trace["marker"] |= {"color": [by_id[i] for i in trace["customdata"]], "coloraxis": "coloraxis"}
-    for kind in ("reference", "dense_active", "random_routing", "unchanged"):
+    for kind in ("reference", "none", "dense_active", "random_routing", "unchanged"):
         controls = [trial for trial in overlays if role(trial) == kind]
         if controls:
             data.append(points(view, controls, x, y, kind, len(controls) <= _MANY))
-    if x == REL_TIME and y.startswith("quality/"):
+    beside_paper = x == REL_TIME and y.startswith("quality/")
+    if beside_paper:
         data.append(_paper_trace())
     across, up = ([trial.metrics[name] for trial in (*shown, *overlays)] for name in (x, y))
     layout: Spec = {"xaxis": axis(label(x), is_wide(across)), "yaxis": axis(label(y), is_wide(up))}
@@ -242,12 +248,11 @@ def pareto(
             "cmin": min(every, default=0),
         }
     if x.startswith("ff/"):
-        entry, line = level(view.no_feedforward, y, " (no layer to time)")
+        entry, line = level(view.no_feedforward, y, " (no layer to time)" if x.endswith(("rel_time", "ns_per_token")) else " (no layer)")
         data, layout = data + entry, layout | line
-    caption = (
-        "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete. "
-        "The paper's models can be switched on in the legend."
-    )
+    caption = "Bold: non-dominated trials and the front; faded: dominated ones. Controls are overlays and do not compete."
+    if beside_paper:
+        caption += " The paper's models can be switched on in the legend."
     if infeasible:
         caption += f" Crosses do not keep {' and '.join(view.constraints)}, so they cannot be on the front."
     return Figure(

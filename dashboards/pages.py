@@ -127,7 +127,7 @@ def asked_share(view: StudyView) -> float:
 def pareto_page(view: StudyView, query: Query) -> Context:
     """Front over chosen objectives and filters, and the picks under a constraint."""
     choices = objective_choices(view)
-    x, y, third = report.pareto_axes(view)
+    x, y, third = figures.pareto_axes(view)
     x, y = (given if (given := query.get(name)) in choices else default for name, default in (("x", x), ("y", y)))
     third = query.get("z") if query.get("z") in choices else (third if "z" not in query.values else None)
     shares = query.number("kept", 100 * asked_share(view))

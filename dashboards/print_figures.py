@@ -9,7 +9,7 @@ from typing import Any
 
 from fffsweep.dashboards import depth_figures, figures, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
+from fffsweep.dashboards.queries import StudyView
 
 _MARKERS = {
     "circle": "o",
@@ -40,7 +40,7 @@ def write_figures(view: StudyView, folder: Path, kinds: Sequence[str] = ("svg", 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     found = [
-        figures.pareto(view, REL_TIME, QUALITY),
+        figures.pareto(view, *figures.pareto_axes(view)),
         depth_figures.quality_by_depth(view),
         depth_figures.quality_by_active_width(view),
         *speed_figures.speedups(view),
@@ -49,9 +49,13 @@ def write_figures(view: StudyView, folder: Path, kinds: Sequence[str] = ("svg", 
     ]
     written = []
     for figure in found:
-        if figure is not None and figure.spec["data"]:
+        if figure is not None and any(value is not None for trace in _visible(figure) for value in trace["x"]):
             written += _draw(figure, folder, kinds)
     return written
+
+
+def _visible(figure: Figure) -> list[dict[str, Any]]:
+    return [trace for trace in figure.spec["data"] if trace.get("visible") != "legendonly"]
 
 
 def _draw(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[Path]:
@@ -59,10 +63,13 @@ def _draw(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[Path]:
 
     with plt.rc_context(_STYLE):
         drawn, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
-        for trace in figure.spec["data"]:
-            if trace.get("visible") != "legendonly":
-                _trace(axes, trace)
-        layout = figure.spec["layout"]
+        layout, traces = figure.spec["layout"], _visible(figure)
+        shades = [value for trace in traces for value in _shades(trace)]
+        scale = plt.cm.ScalarMappable(plt.Normalize(min(shades), max(shades)), "cividis") if shades else None
+        for trace in traces:
+            _trace(axes, trace, scale)
+        if scale is not None:
+            drawn.colorbar(scale, ax=axes, label=layout["coloraxis"]["colorbar"]["title"]["text"])
         for name in ("x", "y"):
             settings = layout[f"{name}axis"]
             getattr(axes, f"set_{name}label")(settings["title"]["text"])
@@ -80,9 +87,15 @@ def _draw(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _trace(axes: Any, trace: dict[str, Any]) -> None:
-    mode, marker, line = trace["mode"], trace.get("marker", {}), trace.get("line", {})
-    colour = _colour(line.get("color") or marker.get("color"))
+def _shades(trace: dict[str, Any]) -> list[float]:
+    """A third objective's value at each point; empty where the points share one colour."""
+    colour = trace.get("marker", {}).get("color")
+    return colour if isinstance(colour, list) else []
+
+
+def _trace(axes: Any, trace: dict[str, Any], scale: Any = None) -> None:
+    mode, marker, line, shades = trace["mode"], trace.get("marker", {}), trace.get("line", {}), _shades(trace)
+    colour = _colour("@none" if shades else line.get("color") or marker.get("color"))
     bars = {}
     for name in ("x", "y"):
         if f"error_{name}" in trace:
@@ -99,6 +112,8 @@ def _trace(axes: Any, trace: dict[str, Any]) -> None:
     }
     xs, ys = ([math.nan if value is None else value for value in trace[name]] for name in ("x", "y"))
     axes.errorbar(xs, ys, elinewidth=0.6, capsize=1.5, **bars, **options)
+    if shades:
+        axes.scatter(xs, ys, c=shades, cmap=scale.cmap, norm=scale.norm, marker=options["marker"], s=16, zorder=3)
     for x, y, text in zip(trace["x"], trace["y"], trace.get("text", []), strict=False):
         axes.annotate(text.replace("$", r"\$"), (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6)
 

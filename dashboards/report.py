@@ -151,7 +151,7 @@ def report_figures(view: StudyView) -> list[Figure]:
     deepest = sorted(layouts(view), key=lambda trial: -trial.shape.depth if trial.shape else 0)[:_LEAF_MAPS]
     curved = training_figures.chosen_for_curves(view)
     found = [
-        figures.pareto(view, *pareto_axes(view)),
+        figures.pareto(view, *figures.pareto_axes(view)),
         depth_figures.quality_by_depth(view),
         depth_figures.quality_by_active_width(view),
         *speed_figures.speedups(view),
@@ -161,12 +161,6 @@ def report_figures(view: StudyView) -> list[Figure]:
         *(training_figures.leaf_usage(trial) for trial in deepest),
     ]
     return [figure for figure in found if figure is not None and figure.spec["data"]]
-
-
-def pareto_axes(view: StudyView) -> tuple[str, str, str | None]:
-    """x, y and the colour of the Pareto figure: the study's first objective upwards, the second to the right, the third as colour."""
-    names = list(view.objectives)
-    return (names[0] if len(names) == 1 else names[1], names[0], names[2] if len(names) > 2 else None)
 
 
 def tiles(view: StudyView) -> list[tuple[str, str, str]]:

@@ -8,9 +8,9 @@ import re
 import plotly.graph_objects as go
 import pytest
 
-from fffsweep.dashboards import depth_figures, figures, paper, report, speed_figures, training_figures
+from fffsweep.dashboards import depth_figures, figures, paper, print_figures, report, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS
-from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, load_study
+from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, load_study
 from fffsweep.dashboards.verdicts import layouts
 
 
@@ -60,6 +60,33 @@ def test_three_objectives(whole):
     front = next(trace for trace in drawn.spec["data"] if trace["name"] == "Pareto front")
     assert front["marker"]["color"] == [whole.trial(name).metrics["mlm/validation_loss"] for name in front["customdata"]]
     assert accepted(drawn).layout.coloraxis.colorbar.title.text
+
+
+def test_controls_stay_where_a_metric_is_not_positive(single):
+    drawn = figures.pareto(single, "task/stsb/selection")
+    shown = {name for trace in drawn.spec["data"] for name in trace.get("customdata", ())}
+    assert min(trial.metrics["task/stsb/selection"] for trial in single.finished) < 0
+    assert {"dense_active(1x8)", "none"} <= shown
+    assert "paper" not in drawn.caption, "the paper has no such metric"
+    assert "paper" in figures.pareto(single).caption
+
+
+def with_objectives(view, *names):
+    record = json.loads((view.folder / "study.json").read_text())
+    return StudyView(view.results, {**record, "objectives": {name: "maximize" if name == QUALITY else "minimize" for name in names}})
+
+
+def test_the_printed_front_is_the_study_s_own(single, tmp_path):
+    """svg text is kept as text, so axis titles can be read."""
+    view = with_objectives(single, QUALITY, "mlm/validation_loss", REL_TIME)
+    print_figures.write_figures(view, tmp_path / "three", ("svg",))
+    text = (tmp_path / "three" / "pareto.svg").read_text()
+    for name in (QUALITY, "mlm/validation_loss", REL_TIME):
+        assert figures.label(name) in text
+    untimed = with_objectives(single, QUALITY, "ff/gpu/rel_time")
+    written = {path.name for path in print_figures.write_figures(untimed, tmp_path / "untimed", ("svg",))}
+    assert "quality-depth.svg" in written
+    assert "pareto.svg" not in written, "no trial has both objectives: an empty picture says nothing"
 
 
 def test_quality_figures_hold_the_measured_values(whole):
