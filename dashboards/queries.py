@@ -26,7 +26,7 @@ from fffsweep.sweeps.record import SCHEMA, study_folder
 
 QUALITY, QUALITY_VALIDATION = "quality/avg", "quality/validation_avg"
 BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseline_validation_avg"}
-REL_TIME = "ff/cpu/rel_time"
+REL_TIME, GPU_REL_TIME = "ff/cpu/rel_time", "ff/gpu/rel_time"
 _POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, REL_TIME, StudyView
+from fffsweep.dashboards.queries import BASELINE, GPU_REL_TIME, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.statistics import Difference
@@ -14,6 +14,7 @@ KEPT = 0.96  # share of dense quality that the paper claims is kept
 LEVEL = 0.05
 NOT_DECIDABLE = "not decidable at this scale"
 UNDECIDED = "undecided"
+_REL_TIMES = {REL_TIME: ("speed", "a CPU"), GPU_REL_TIME: ("speed-gpu", "a GPU")}  # metric -> slug of its claim, and where
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """A question, what its figures are, and what each layout answers."""
+    """A question, what its figures are, and what each layout, or trial of a search, answers."""
 
     slug: str
     question: str
     measure: str
     findings: tuple[Finding, ...]
+    unit: str = "layouts"  # what the findings are about; trials where a search has several of a layout
 
     @property
     def answer(self) -> str:
@@ -52,14 +54,15 @@ class Claim:
         counts = {answer: sum(f.answer == answer for f in self.findings) for answer in ("yes", "no", UNDECIDED, NOT_DECIDABLE)}
         if counts[NOT_DECIDABLE]:
             return NOT_DECIDABLE
-        return ", ".join(f"{answer} for {count}" for answer, count in counts.items() if count) + f" of {len(self.findings)} layouts"
+        return ", ".join(f"{answer} for {count}" for answer, count in counts.items() if count) + f" of {len(self.findings)} {self.unit}"
 
 
 def decidability(view: StudyView) -> Decidability:
     """Decidable where reference_dense beats the majority/mean baseline on the validation splits, by its interval."""
     reference = view.reference
     if reference is None:
-        return Decidability(False, "the control reference_dense has not finished, so nothing can be compared with it")
+        state = "has not finished" if any(trial.has_role("reference_dense") for trial in view.trials) else "is not in the study"
+        return Decidability(False, f"the control reference_dense {state}, so nothing can be compared with it")
     scores, baselines = (reference.replicates(name) for name in (QUALITY_VALIDATION, BASELINE[QUALITY_VALIDATION]))
     shared = stats.common_replicates([scores, baselines])
     if not shared:
@@ -84,6 +87,8 @@ def layouts(view: StudyView) -> list[TrialView]:
 def claims(view: StudyView) -> list[Claim]:
     """Every claim with its findings; P values are Holm's over the layouts of each claim."""
     trees, decidable = layouts(view), decidability(view)
+    unit = "layouts" if len({trial.layout for trial in trees}) == len(trees) else "trials"
+    budget = "time of training" if view.matches_time else "number of training tokens"
 
     def against(kind: str) -> list[tuple[TrialView, Difference]]:
         pairs = [(trial, view.control(kind, trial.layout)) for trial in trees]
@@ -91,19 +96,14 @@ def claims(view: StudyView) -> list[Claim]:
         return [(trial, gap) for trial, gap in found if gap is not None]
 
     points = "difference in quality points on the validation splits"
-    return [
+    found = [
         Claim(
             "quality",
             f"Is at least {100 * KEPT:.0f} % of the dense quality kept?",
-            "quality on the validation splits over that of reference_dense, same seeds, same number of training tokens",
+            f"quality on the validation splits over that of reference_dense, same seeds, same {budget}",
             _judge(_kept(view, trees), decidable, lambda trial, gap: _retained(view, trial)),
         ),
-        Claim(
-            "speed",
-            "Is the feedforward layer faster than the dense reference layer?",
-            "speed-up of the layer on trained weights and real activations, and the speed-up that arithmetic alone would allow",
-            _judge(_faster(view, trees), decidable, lambda trial, gap: _speed(view, trial)),
-        ),
+        *_speed_claims(view, trees, decidable),
         Claim(
             "depth",
             "Does depth pay against a dense layer of the same active width?",
@@ -123,6 +123,22 @@ def claims(view: StudyView) -> list[Claim]:
             _judge(against("random_routing"), decidable, _points),
         ),
     ]
+    return [replace(claim, unit=unit) for claim in found]
+
+
+def _speed_claims(view: StudyView, trees: Sequence[TrialView], decidable: Decidability) -> list[Claim]:
+    """One for each device that layers were timed on; that of the CPU where nothing was timed."""
+    timed = [metric for metric in _REL_TIMES if any(metric in trial.metrics for trial in view.finished)]
+    return [
+        Claim(
+            slug,
+            f"Is the feedforward layer faster than the dense reference layer on {where}?",
+            "speed-up of the layer on trained weights and real activations, and the speed-up that arithmetic alone would allow",
+            _judge(_faster(trees, metric), decidable, lambda trial, gap, metric=metric: _speed(view, trial, metric)),
+        )
+        for metric, (slug, where) in _REL_TIMES.items()
+        if metric in (timed or [REL_TIME])
+    ]
 
 
 def _kept(view: StudyView, trees: Sequence[TrialView]) -> list[tuple[TrialView, Difference]]:
@@ -134,8 +150,8 @@ def _kept(view: StudyView, trees: Sequence[TrialView]) -> list[tuple[TrialView, 
     return found
 
 
-def _faster(view: StudyView, trees: Sequence[TrialView]) -> list[tuple[TrialView, Difference]]:
-    times = [(trial, list(trial.replicates(REL_TIME).values())) for trial in trees]
+def _faster(trees: Sequence[TrialView], metric: str) -> list[tuple[TrialView, Difference]]:
+    times = [(trial, list(trial.replicates(metric).values())) for trial in trees]
     return [(trial, stats.difference([1.0] * len(values), values)) for trial, values in times if values]
 
 
@@ -182,7 +198,7 @@ def _retained(view: StudyView, trial: TrialView) -> str:
     return shown if kept.interval is None else f"{shown} [{100 * kept.interval[0]:.1f}, {100 * kept.interval[1]:.1f}]"
 
 
-def _speed(view: StudyView, trial: TrialView) -> str:
+def _speed(view: StudyView, trial: TrialView, metric: str) -> str:
     limit = view.flop_limit(trial)
-    shown = f"{1 / trial.metrics[REL_TIME]:.2f}x"
+    shown = f"{1 / trial.metrics[metric]:.2f}x"
     return shown if limit is None else f"{shown} of {limit:.1f}x possible"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fffsweep.dashboards.pages import Query, compare_page
 from fffsweep.dashboards.picks import picks
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, load_study
+from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, load_study
+from fffsweep.dashboards.report import tiles
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import NOT_DECIDABLE, UNDECIDED, claims, decidability
 
@@ -46,6 +49,44 @@ def test_clear_differences_are_decided(whole):
     assert {f.trial for f in found["depth"].findings} == {"8x5", "1x8"}
     assert {f.answer for f in found["depth"].findings} == {"no"}
     assert found["depth"].answer == "no for 2 of 2 layouts"
+
+
+def recorded(view, **changes):
+    """The study with other entries in its record."""
+    return StudyView(view.results, {**json.loads((view.folder / "study.json").read_text()), **changes})
+
+
+def test_a_missing_reference_is_told_from_an_unfinished_one(whole, fresh):
+    assert "reference_dense has not finished" in decidability(fresh).reason
+    trials = json.loads((whole.folder / "study.json").read_text())["trials"]
+    without = recorded(whole, trials=[{**trial, "controls": []} for trial in trials if trial["controls"] != ["reference_dense"]])
+    assert "reference_dense is not in the study" in decidability(without).reason
+
+
+def test_claims_name_the_budget_and_what_they_count(whole):
+    assert "same number of training tokens" in by_slug(whole)["quality"].measure
+    stages = {**whole.config["stages"], "pretrain": {"wall_clock_s": 60}}
+    assert "same time of training" in by_slug(recorded(whole, config={**whole.config, "stages": stages}))["quality"].measure
+    record = json.loads((whole.folder / "study.json").read_text())
+    tree = next(trial for trial in record["trials"] if trial["id"] == "1x8")
+    twice = recorded(whole, trials=[*record["trials"], {**tree, "id": "1x8-t1"}])
+    assert by_slug(twice)["depth"].answer == "no for 3 of 3 trials"
+
+
+@pytest.fixture
+def on_a_gpu(whole, monkeypatch):
+    """The study as if its layers had been timed on a GPU alone."""
+    moved = {trial.id: {name.replace("ff/cpu/", "ff/gpu/"): value for name, value in trial.metrics.items()} for trial in whole.trials}
+    monkeypatch.setattr(TrialView, "metrics", property(lambda trial: moved[trial.id]))
+    return recorded(whole)
+
+
+def test_layers_timed_on_a_gpu_are_judged_too(on_a_gpu):
+    found = by_slug(on_a_gpu)
+    assert "speed" not in found
+    assert {finding.answer for finding in found["speed-gpu"].findings} == {"yes"}
+    assert found["speed-gpu"].question.endswith("on a GPU?")
+    assert any(name == "fastest tree layer" and hint.endswith("on a GPU") for name, _, hint in tiles(on_a_gpu))
 
 
 def test_answers_agree_with_their_intervals(whole):
