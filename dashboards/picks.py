@@ -22,30 +22,29 @@ class Pick:
 
 
 def picks(view: StudyView, trials: Sequence[TrialView], share: float) -> list[Pick]:
-    """The fastest of `trials` that keeps `share` of the dense quality, the best quality, and the knee.
+    """The fastest of `trials` that keeps `share` of the dense quality on the same seeds, the best quality, and the knee.
 
     All of them keep the study's constraints, save that `share` takes the place of the one on kept quality.
     """
     timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(REL_TIME, 0) > 0 and _is_allowed(view, trial)]
     if not timed or view.reference is None:
         return []
-    floor = share * view.reference.metrics[QUALITY]
-    values = [[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in timed]
-    fastest = pick(values, [True, False], 1, at_least={0: floor})
-    best = pick(values, [True, False], 0)
+    enough = [trial for trial in timed if (kept := view.retention(trial)) and kept.value >= share]
     keeping = [trial for trial in timed if not view.violated(trial)]
-    bend = (
-        knee([[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in keeping], [True, False], log=[False, True])
-        if keeping
-        else None
-    )
+    fastest = pick(_values(enough), [True, False], 1) if enough else None
+    best = pick(_values(timed), [True, False], 0)
+    bend = knee(_values(keeping), [True, False], log=[False, True]) if keeping else None
     name = f"Fastest that keeps {100 * share:g} % of the dense quality"
-    none = f"no trial reaches {floor:.2f}; lower the share, or widen the filters"
+    none = "no trial keeps so much on the seeds that it shares with the reference; lower the share, or widen the filters"
     return [
-        _pick(view, name, timed, fastest, share, none),
+        _pick(view, name, enough, fastest, share, none),
         _pick(view, "Best quality", timed, best, share, "nothing to choose from"),
         _pick(view, "Knee of the front", keeping, bend, share, "the front has too few trials to have a knee, or none stands out"),
     ]
+
+
+def _values(trials: Sequence[TrialView]) -> list[list[float]]:
+    return [[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in trials]
 
 
 def _is_allowed(view: StudyView, trial: TrialView) -> bool:

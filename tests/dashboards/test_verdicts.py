@@ -134,6 +134,26 @@ def test_picks_satisfy_their_constraint(whole):
     assert "probability of being on the front" in best.why
 
 
+def test_picks_compare_on_the_same_seeds(whole, monkeypatch):
+    """The reference did well on a seed that the others have not: what they keep is measured without it."""
+    replicates = TrialView.replicates
+
+    def uneven(trial, metric):
+        found = dict(replicates(trial, metric))
+        if trial.has_role("reference_dense"):
+            return found
+        found.pop(2, None)
+        return found
+
+    monkeypatch.setattr(TrialView, "replicates", uneven)
+    reference = whole.reference
+    monkeypatch.setitem(reference.metrics, QUALITY, 10 * reference.metrics[QUALITY])
+    fastest = picks(recorded(whole), whole.finished, 0.96)[0]
+    assert fastest.trial is not None
+    assert f"({100 * whole.retention(fastest.trial).value:.1f} % of dense)" in fastest.why
+    assert whole.retention(fastest.trial).value >= 0.96
+
+
 def test_an_impossible_constraint_picks_nothing(whole, single, fresh):
     impossible = picks(whole, whole.finished, 2.0)[0]
     assert impossible.trial is None
