@@ -100,9 +100,15 @@ def create_app(
 
     @app.get("/", response_class=HTMLResponse)
     def studies() -> Response:
-        views = [load_study(results, name) for name in list_studies(results)]
+        views, unreadable = [], []
+        for name in list_studies(results):
+            try:
+                views.append(load_study(results, name))
+            except ValueError as error:  # another version's, or damaged: the others are shown all the same
+                unreadable.append(str(error))
         views.sort(key=lambda view: -view.updated_at)
-        return rendered("studies.html", views=[(view, disk.bytes(view)) for view in views], results=results, view=None, page="studies")
+        shown: dict[str, Any] = {"views": [(view, disk.bytes(view)) for view in views], "unreadable": unreadable, "results": results}
+        return rendered("studies.html", view=None, page="studies", **shown)
 
     @app.get("/stamp")
     def stamped(study: str = "") -> Response:

@@ -38,11 +38,12 @@ class Query:
         return [value for value in self.values.get(name, []) if value]
 
     def number(self, name: str, default: float) -> float:
-        """A number; the default where the text is none."""
+        """A finite number; the default where the text is none."""
         try:
-            return float(self.get(name))
+            given = float(self.get(name))
         except ValueError:
             return default
+        return given if math.isfinite(given) else default
 
     def text(self, **changes: object) -> str:
         """As a URL's query, with some values replaced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import re
@@ -22,12 +23,13 @@ from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.config_errors import nearest_first
 from fffsweep.sweeps.constraints import RETENTION, parse_constraint, retention
 from fffsweep.sweeps.pareto import front
-from fffsweep.sweeps.record import SCHEMA, study_folder
+from fffsweep.sweeps.record import load, study_folder
 
 QUALITY, QUALITY_VALIDATION = "quality/avg", "quality/validation_avg"
 BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseline_validation_avg"}
 REL_TIME, GPU_REL_TIME = "ff/cpu/rel_time", "ff/gpu/rel_time"
 _POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
+_NO_SUCH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 T = TypeVar("T")
 
 
@@ -306,7 +308,9 @@ def load_study(results: Path, name: str) -> StudyView:
     path = study_folder(results, name) / "study.json"
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_SUCH:
+            raise
         names = list_studies(results)
         known = f"expected one of {nearest_first(name, names)}" if names else "there is none yet; `fffsweep run CONFIG` makes one"
         raise StudyNotFound(f"study {name!r} in {results}: {known}") from None
@@ -318,7 +322,7 @@ def stamp(results: Path, name: str) -> str:
     folder = study_folder(Path(results), name)
     try:
         stat = (folder / "study.json").stat()
-    except FileNotFoundError:
+    except OSError:
         return ""
     picks = folder / "picks"
     return f"{stat.st_mtime_ns}-{stat.st_size}" + (f"-{picks.stat().st_mtime_ns}" if picks.exists() else "")
@@ -343,7 +347,7 @@ def list_studies(results: Path) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _load(results: Path, path: Path, mtime_ns: int, num_bytes: int) -> StudyView:
-    record = json.loads(path.read_text())
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it")
+    record = load(path.parent)
+    if record is None:
+        raise StudyNotFound(f"{path}: gone while it was being read")
     return StudyView(results, record)

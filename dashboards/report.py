@@ -87,14 +87,23 @@ def write_report(view: StudyView, path: Path) -> Path:
 
 
 def write(view: StudyView, path: Path, format: str = "html") -> list[Path]:
-    """Write the report as `html`, `md` or `latex` to `path`, or `figures` (SVG and PDF) into the folder `path`; the files written."""
+    """Write the report as `html`, `md` or `latex` to `path`, or `figures` (SVG and PDF) into the folder `path`; the files written.
+
+    Raises ValueError for another format, and where nothing can be written there.
+    """
+    if format not in ("html", "md", "latex", "figures"):
+        raise ValueError(f"format {format!r}: expected one of html, md, latex, figures")
+    try:
+        return _written(view, Path(path), format)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); name another place with --output") from None
+
+
+def _written(view: StudyView, path: Path, format: str) -> list[Path]:
     if format == "html":
         return [write_report(view, path)]
     if format == "figures":
-        return print_figures.write_figures(view, Path(path))
-    if format not in ("md", "latex"):
-        raise ValueError(f"format {format!r}: expected one of html, md, latex, figures")
-    path = Path(path)
+        return print_figures.write_figures(view, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(view) if format == "md" else latex(view))
     return [path]

@@ -42,7 +42,7 @@ def export_results(name: str, results: Path, folder: Path, without_weights: bool
     stored = load(study_folder(results, name))
     if stored is None:
         raise ConfigError(f"study {name!r}: there is none under {results / 'studies'}")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: expected a new or empty folder")
     source, target = open_store(results / "store"), Store(folder / "store")
     keys = list(dict.fromkeys(stage["key"] for trial in stored["trials"] for stage in trial["stages"]))

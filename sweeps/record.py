@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -126,11 +127,18 @@ def study_folder(results: Path, name: str) -> Path:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The record in `folder`, None if there is none. Raises ConfigError if another version wrote it."""
+    """The record in `folder`, None if there is none. Raises ConfigError if another version wrote it or it cannot be read."""
     path = folder / "study.json"
-    if not path.exists():
+    try:
+        text = path.read_text()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: damaged ({error}); move it away and run the sweep again, what is finished is reused") from None
     if record.get("schema") != SCHEMA:
         raise ConfigError(
             f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it or another --results"

@@ -225,6 +225,25 @@ def test_a_study_that_is_not_there(refused, command):
     assert "fffsweep run" in line
 
 
+@pytest.mark.parametrize("command", ["results", "verify"])
+def test_a_study_that_cannot_be(refused, folder, command):
+    """Longer than a file's name may be, or below what is no folder."""
+    assert "results" in refused(command, "a" * 300)
+    (folder / "file").touch()
+    assert "file" in refused(command, "absent", "--results", "file")
+
+
+def test_a_record_that_another_version_wrote_or_that_is_damaged(refused, folder):
+    record = study_folder(folder / "results", "sweep") / "study.json"
+    record.parent.mkdir(parents=True)
+    for content, said in (('{"schema": "fffsweep.study/0"}', "use the fffsweep that wrote it"), ("", "move it away")):
+        record.write_text(content)
+        for arguments in (["results", "sweep"], ["plan", "sweep.yaml"], ["verify", "sweep"]):
+            line = refused(*arguments)
+            assert str(record.relative_to(folder)) in line
+            assert said in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -50,6 +50,32 @@ def test_the_list_of_studies(client, results, evil):
     assert evil not in text
 
 
+def test_a_study_that_cannot_be_read_hides_no_other(generated, tmp_path):
+    generated.generate(tmp_path, "sound", layouts=("512x0",), controls=(), finished=0)
+    for name, content in (("older", '{"schema": "fffsweep.study/0"}'), ("cut", "")):
+        record = study_folder(tmp_path, name) / "study.json"
+        record.parent.mkdir()
+        record.write_text(content)
+    text = get(TestClient(create_app(tmp_path), base_url="http://localhost"), "/").text
+    assert "/study?study=sound" in text
+    assert "fffsweep.study/0" in text
+    assert "cut/study.json: damaged" in text
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999", "x"])
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("study", "page"), ("pareto", "depth_min"), ("pareto", "depth_max"), ("pareto", "active_max"), ("training", "replicate")],
+)
+def test_numbers_that_are_none_count_as_not_given(client, page, name, value):
+    get(client, f"/{page}", study="half", **{name: value})
+
+
+def test_a_study_that_cannot_be_is_not_found(client):
+    assert "expected one of" in get(client, "/study", 404, study="a" * 300).text
+    assert get(client, "/stamp", study="a" * 300).json() == {"stamp": ""}
+
+
 def test_an_empty_folder_says_what_to_do(tmp_path):
     client = TestClient(create_app(tmp_path), base_url="http://localhost")
     assert "fffsweep run" in get(client, "/").text

@@ -134,3 +134,10 @@ def test_tasks_stand_in_the_paper_s_columns(generated, tmp_path):
     for written, sign in ((report.markdown(view), "| RTE |"), (report.latex(view), "& RTE &")):
         assert sign in written
         assert row[1] in written
+
+
+@pytest.mark.parametrize("format", ["html", "md", "latex", "figures"])
+def test_a_place_that_cannot_be_written_is_named(single, tmp_path, format):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/inside: cannot be written .*--output"):
+        report.write(single, tmp_path / "file" / "inside", format)

@@ -104,5 +104,8 @@ def test_there_must_be_something_to_import(tmp_path, swept):
         import_results(tmp_path, tmp_path / "here")
     with pytest.raises(ConfigError, match="expected a new or empty folder"):
         export_results(NAME, swept, swept)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
+        export_results(NAME, swept, tmp_path / "file")
     with pytest.raises(ConfigError, match="there is none"):
         export_results("missing", swept, tmp_path / "export")
