@@ -294,12 +294,16 @@ class StudyView:
         return sorted(found, key=lambda each: -each["time"])
 
     def events(self, last: int = 50) -> list[dict[str, Any]]:
-        """The last lines of the study's history."""
+        """The last lines of the study's history; one that a killed driver left half-written is left out."""
         try:
             lines = (self.folder / "events.jsonl").read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines[-last:]]
+        found = []
+        for line in lines[-last:]:
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
 
 def load_study(results: Path, name: str) -> StudyView:

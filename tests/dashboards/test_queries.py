@@ -186,6 +186,14 @@ def test_a_trial_beyond_a_constraint_is_drawn_but_never_on_the_front(bound):
     assert bend.trial is None or bend.trial.id in members
 
 
+def test_a_half_written_event_hides_no_other(generated, tmp_path):
+    generated.generate(tmp_path, "cut", layouts=("512x0",), controls=(), finished=0)
+    view = load_study(tmp_path, "cut")
+    with (view.folder / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "eve\n{"time": 2.0, "event": "ended"}\n{"time"')
+    assert [event["event"] for event in view.events()] == ["started", "ended"]
+
+
 def test_seeds_that_differ_from_trial_to_trial_are_told(generated, tmp_path):
     generator = generated.generate(tmp_path, "uneven", layouts=("512x0", "1x8"), controls=("reference_dense(512)",), replicates=3)
     trials = json.loads((study_folder(tmp_path, "uneven") / "study.json").read_text())["trials"]
