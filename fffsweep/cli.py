@@ -41,6 +41,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALU
 Name = Annotated[str | None, typer.Option("--name", help="Name of the study, instead of the config's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RESULTS = Path("results")
+_OTHER_SUITES = ("training", "model", "orchestration")
 
 
 @app.callback(invoke_without_command=True)
@@ -207,9 +208,9 @@ def bench(context: typer.Context) -> int:
 
     `--suite training` times training steps, `--suite model` an encoder, `--suite orchestration` a sweep of stages that do nothing.
     """
-    arguments = list(context.args)
+    arguments = [part for text in context.args for part in (text.split("=", 1) if text.startswith("--suite=") else [text])]
     suite = arguments[arguments.index("--suite") + 1 :][:1] if "--suite" in arguments else []
-    if suite in (["training"], ["orchestration"], ["model"]):
+    if suite and suite[0] in _OTHER_SUITES:
         at = arguments.index("--suite")
         rest = arguments[:at] + arguments[at + 2 :]
         if suite == ["training"]:
@@ -223,8 +224,13 @@ def bench(context: typer.Context) -> int:
         from fffsweep.sweeps.bench import main as time_orchestration
 
         return time_orchestration(rest)
+    from fffsweep.kernels.bench import SUITES
     from fffsweep.kernels.bench import main as time_kernels
 
+    if suite and suite[0] not in SUITES:
+        raise typer.BadParameter(f"--suite {suite[0]}: expected one of {', '.join(sorted([*SUITES, *_OTHER_SUITES]))}")
+    if {"-h", "--help"} & set(arguments):
+        print("Suites with options of their own: " + ", ".join(f"fffsweep bench --suite {name} --help" for name in _OTHER_SUITES))
     return time_kernels(arguments)
 
 

@@ -253,6 +253,8 @@ def test_a_record_that_another_version_wrote_or_that_is_damaged(refused, folder)
         (["frobnicate"], "No such command 'frobnicate'"),
         (["plan", "sweep.yaml", "--ste", "a=b"], "--set"),
         (["data"], "Missing command"),
+        (["bench", "--suite", "modell"], "expected one of bars, gpt3, model, orchestration, paper, quick, training"),
+        (["status", "--address", "head:8265"], "address 'head:8265': expected that of the cluster's dashboard, such as http://"),
     ],
 )
 def test_the_command_line_itself(refused, arguments, said):

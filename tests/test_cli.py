@@ -76,6 +76,12 @@ def test_version_and_bare_call(command):
     assert "Commands:" in command()
 
 
+@pytest.mark.parametrize("suite", [["--suite", "model"], ["--suite=model"]])
+def test_a_suite_may_be_named_either_way(command, suite):
+    assert "usage: fffsweep bench --suite model" in command("bench", *suite, "--help")
+    assert "fffsweep bench --suite model --help" in command("bench", "--help"), "the kernels' help tells of the other suites"
+
+
 def test_plan_says_what_is_cached_and_measured(command, here):
     before = json.loads(command("plan", TINY, "--json"))
     assert before["schema"] == "fffsweep.plan/1"
