@@ -124,7 +124,9 @@ def stop(
 
     with opened(address) as cluster:
         job = cluster.stop(cluster.find(study), grace_s)
-    print(f"{job.id}: {job.state}" + (f"; fffsweep resume {shlex.quote(job.study)} goes on" if job.state == "STOPPED" else ""))
+    print(
+        f"{job.id}: {job.state}" + (f"; fffsweep resume {shlex.quote(job.study)}{_at(address)} goes on" if job.state == "STOPPED" else "")
+    )
 
 
 @cluster_app.command("start")
@@ -238,9 +240,13 @@ def _ray_start(options: list[str]) -> int:
     return subprocess.run(command, env=environment).returncode
 
 
+def _at(address: str) -> str:
+    """What a printed command needs so as to go to the same cluster."""
+    return "" if address == LOCAL else f" --address {shlex.quote(address)}"
+
+
 def _tell_how_to_follow(job: Job, address: str) -> None:
-    where = "" if address == LOCAL else f" --address {shlex.quote(address)}"
-    study = shlex.quote(job.study)
+    where, study = _at(address), shlex.quote(job.study)
     print(f"study {job.study}: job {job.id} on {address}, results in {job.results}")
     print(f"follow     fffsweep logs -f {study}{where}")
     print(f"how it is  fffsweep status {study}{where}")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import fffsweep
 from fffsweep.sweeps.cluster_auth import use_token
@@ -63,6 +64,9 @@ class Cluster:
     """Jobs on the cluster whose dashboard answers at `address`. Raises ConfigError if none does, or if it refuses the token."""
 
     def __init__(self, address: str = ADDRESS) -> None:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(f"address {address!r}: expected that of the cluster's dashboard, such as {ADDRESS}")
         use_token()
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient

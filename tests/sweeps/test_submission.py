@@ -1,5 +1,6 @@
 """What is sent to a cluster, what its answers mean, and the token; no cluster is needed for that."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import fffsweep
+from fffsweep import cluster_cli
 from fffsweep.sweeps import cluster_auth, submission
 from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.record import study_folder
@@ -190,3 +192,13 @@ def test_a_token_is_made_once_and_is_its_owners_alone(tmp_path, monkeypatch):
     assert os.environ["RAY_AUTH_MODE"] == "token"
     cluster_auth.make_token()
     assert cluster_auth.token_path().read_text() == token
+
+
+def test_the_printed_resume_goes_to_the_same_cluster(monkeypatch, capsys):
+    job = submission.Job("tiny-1", "tiny", "/results", "STOPPED", "", 0.0)
+    cluster = SimpleNamespace(find=lambda name: job, stop=lambda found, grace_s: found)
+    monkeypatch.setattr(submission, "opened", lambda address: contextlib.nullcontext(cluster))
+    cluster_cli.stop("tiny", 1.0, "http://head:8265")
+    assert "fffsweep resume tiny --address http://head:8265 goes on" in capsys.readouterr().out
+    cluster_cli.stop("tiny", 1.0, cluster_cli.LOCAL)
+    assert "fffsweep resume tiny goes on" in capsys.readouterr().out
