@@ -30,7 +30,7 @@ help:
 	@echo "make chaos             faults injected into a running cluster, ROUNDS=20 times each; FFFSWEEP_CHAOS_SEED gives other moments"
 	@echo "make lint              ruff and mypy; make format repairs what ruff can"
 	@echo "make bench             the kernel benchmark by itself, into docs/results; BENCH='--suite paper' for another"
-	@echo "make ui                dashboard of STUDY=, by default of the newest one"
+	@echo "make ui                dashboard of STUDY=, by default of all studies"
 	@echo "make record-stages     write down the stages' sources after a version bump"
 
 sweep: setup
