@@ -363,6 +363,8 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     from fffsweep.dashboards.formats import pareto_table
 
     print(f"\n{name} {outcome.state} in {outcome.wall_s:.0f} s: {outcome.num_run} stage runs done, {outcome.num_reused} reused")
+    if outcome.failed_trials:
+        print(f"failed: {', '.join(outcome.failed_trials)}; the same command tries them again", file=sys.stderr)
     if outcome.remainder is not None and outcome.remainder.trials:
         left, hindrance = outcome.remainder.trials, outcome.remainder.hindrance
         if hindrance is not None:
@@ -372,8 +374,6 @@ def _tell(name: str, results: Path, outcome: Outcome) -> int:
     if outcome.state == "stopped":
         print("The same command goes on from here.")
         return 130
-    if outcome.failed_trials:
-        print(f"failed: {', '.join(outcome.failed_trials)}; the same command tries them again", file=sys.stderr)
     view = _view(name, results)
     pareto_table(view, sys.stdout)
     where = "" if results == RESULTS else f" --results {shlex.quote(str(results))}"

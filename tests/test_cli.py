@@ -14,7 +14,9 @@ from fffsweep import cli, doctor
 from fffsweep.pipeline.remote_store import RemoteStore, StoreUnreachable
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.config import load_config
+from fffsweep.sweeps.controller import Outcome
 from fffsweep.sweeps.graph import build
+from fffsweep.sweeps.slices import Remainder
 from fffsweep.sweeps.space import expand
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -202,6 +204,14 @@ def test_a_store_that_cannot_be_reached_is_one_line(here, monkeypatch, capsys):
         cli.main(["plan", TINY])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "FFFSWEEP_STORE=s3://b: no answer; mend the address, the keys or the server, then try again\n"
+
+
+def test_a_part_of_a_sweep_names_the_trials_that_failed(here, capsys):
+    outcome = Outcome("complete", 3, 0, ("1x8",), 1.0, Remainder(("none",)))
+    assert cli._tell("study", here, outcome) == 1
+    out, err = capsys.readouterr()
+    assert "1 trials are left: none" in out
+    assert err.startswith("failed: 1x8;")
 
 
 def test_a_study_may_be_named_by_its_config(command, monkeypatch):
