@@ -129,7 +129,7 @@ def html(view: StudyView) -> str:
             decidable=decidability(view),
             claims=claims(view),
             columns=used_columns(table),
-            rows=table if view.finished else [],
+            rows=table if any(trial.metrics or trial.error for trial in view.trials) else [],
             left_out=len(view.trials) - len(shown),
             notes=formats.notes(view),
             tasks=task_table(view, shown),

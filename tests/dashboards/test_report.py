@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fffsweep.dashboards import report, tables
-from fffsweep.dashboards.queries import load_study
+from fffsweep.dashboards.queries import StudyView, load_study
 
 
 class Page(HTMLParser):
@@ -141,3 +141,12 @@ def test_a_place_that_cannot_be_written_is_named(single, tmp_path, format):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/inside: cannot be written .*--output"):
         report.write(single, tmp_path / "file" / "inside", format)
+
+
+def test_a_study_whose_trials_all_failed_says_why(fresh):
+    record = json.loads((fresh.folder / "study.json").read_text())
+    assert "No trial has finished yet" in Page(report.html(fresh)).text
+    failed = [{**trial, "state": "failed", "error": "step 2: the loss is nan"} for trial in record["trials"]]
+    text = Page(report.html(StudyView(fresh.results, {**record, "state": "failed", "trials": failed}))).text
+    assert "failed: step 2: the loss is nan" in text
+    assert "No trial has finished yet" not in text
