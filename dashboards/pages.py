@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -238,9 +240,22 @@ def trial_page(view: StudyView, query: Query) -> Context:
         "seeds": {label: manifest.run.seed for label, manifest in found.items()},
         "recipe": flat(manifest.run.config) if manifest else [],
         "finished_states": FINISHED,
+        "commands": _commands(view, trial),
         "picks": [pick for pick in picks_of_study if pick["trial"] == trial.id],
         "picking": any(pick["state"] == "running" for pick in picks_of_study),
     }
+
+
+def _commands(view: StudyView, trial: TrialView) -> dict[str, str]:
+    """What a terminal is told about a trial, to be pasted as it is. Those of MLflow and Optuna are there where their files are."""
+    where = "" if view.results == Path("results").resolve() else f" --results {shlex.quote(str(view.results))}"
+    named = f"{shlex.quote(view.name)} {shlex.quote(trial.id)}"
+    found = {"pick": f"fffsweep pick {named} --alias champion{where}", "export": f"fffsweep export {named} DIR{where}"}
+    for tool, program in (("mlflow", "mlflow ui --backend-store-uri"), ("optuna", "optuna-dashboard")):
+        database = view.results / f"{tool}.db"
+        if database.exists():  # else a server was told
+            found[tool] = f"{program} {shlex.quote(f'sqlite:///{database}')}"
+    return found
 
 
 def _importance(metric: str) -> tuple[int, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
+import shlex
 import statistics
 
 import pyarrow.parquet
@@ -87,6 +89,19 @@ def test_the_stage_grid(client, half):
     assert "120,000 of 400,000 tokens" in text
     assert get(client, "/study", study="half", q="dense_active").text.count("<td>waiting</td>") == 2
     assert "No trial matches" in get(client, "/study", study="half", q="nothing like this").text
+
+
+@pytest.mark.parametrize("name", ["whole", "evil"])
+def test_commands_of_a_trial_can_be_pasted(client, results, evil, name):
+    study, trial = (evil, "1x8") if name == "evil" else (name, "dense_active(8x5)")
+    text = get(client, "/trial", study=study, trial=trial).text
+    shown = [shlex.split(html.unescape(code)) for code in re.findall(r"<code>(fffsweep (?:pick|export) .*?)</code>", text)]
+    where = ["--results", str(results.resolve())]
+    assert shown == [
+        ["fffsweep", "pick", study, trial, "--alias", "champion", *where],
+        ["fffsweep", "export", study, trial, "DIR", *where],
+    ]
+    assert "optuna-dashboard sqlite" not in text, "there is no such file here"
 
 
 def test_trial_and_its_artifacts(client, whole):
