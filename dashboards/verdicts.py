@@ -50,7 +50,7 @@ class Claim:
     def answer(self) -> str:
         """The findings in one sentence."""
         if not self.findings:
-            return "nothing to compare: the trials this needs are not in the study, or not finished"
+            return "nothing to compare: the trials or times that this needs are not in the study, or not finished"
         counts = {answer: sum(f.answer == answer for f in self.findings) for answer in ("yes", "no", UNDECIDED, NOT_DECIDABLE)}
         if counts[NOT_DECIDABLE]:
             return NOT_DECIDABLE
