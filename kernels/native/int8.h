@@ -147,7 +147,11 @@ struct Int8Kernels {
   static int64_t row_bytes(const cmm_forward_call* call) { return (tokens_at_once(call) * call->layer.hidden * 2 + 63) / 64 * 64; }
   static int64_t scale_bytes(const cmm_forward_call* call) { return (tokens_at_once(call) * 4 + 63) / 64 * 64; }
   static size_t forward_scratch(const cmm_forward_call* call) {
-    return (size_t)(row_bytes(call) + scale_bytes(call)) + Rounded::forward_scratch(call);
+    // the last tokens may be one, whose walk needs more where trees are many and rows short
+    cmm_forward_call last = *call;
+    last.tokens = call->tokens % kTokens;
+    const size_t most = Rounded::forward_scratch(call), least = Rounded::forward_scratch(&last);
+    return (size_t)(row_bytes(call) + scale_bytes(call)) + (most > least ? most : least);
   }
 
   struct Rounding {

@@ -175,6 +175,17 @@ void run_int8(const cmm_kernels* kernels, int32_t x_dtype, int trees, int levels
   }
 }
 
+// 65,537 tokens leave one for a pass of its own, whose rows are noted tree by tree: with many trees of short rows more than a chunk takes.
+void check_scratch_of_last_token(const cmm_kernels* kernels) {
+  const int64_t pass = 65536, rounded = pass * 2 + pass * 4;  // two bytes a token of one element, and its scale
+  cmm_layer layer{nullptr, nullptr, nullptr, 1, 1, 8000, 1, 0, CMM_I8, CMM_F32, nullptr, nullptr};
+  cmm_forward_call call{layer, nullptr, nullptr, pass + 1, nullptr, nullptr, nullptr, 1, serial, nullptr};
+  const double all = (double)kernels->forward_scratch(&call);
+  call.tokens = 1;
+  const double one = (double)kernels->forward_scratch(&call) - 2 * 64;  // less its own element and scale
+  if (all < rounded + one) fail("scratch of 65,537 tokens", all, rounded + one);
+}
+
 }  // namespace
 
 int main() {
@@ -186,6 +197,7 @@ int main() {
   for (int32_t isa = 0; isa < CMM_NUM_ISA; ++isa) {
     const cmm_kernels* kernels = cmm_kernels_of(isa);
     if (!kernels) continue;
+    check_scratch_of_last_token(kernels);
     for (const auto& size : sizes)
       for (int64_t hidden : {1, 7, 16, 33, 48, 95})
         for (int types = 0; types < 3; ++types)
