@@ -52,9 +52,7 @@ def cmm(
         return torch_forms.masked(x, w_in, b_in, w_out, shape, activation)
     if name == "gather":
         return torch_forms.gather(x, w_in, b_in, w_out, shape, activation)
-    from fffsweep.kernels import registry
-
-    return registry.find(name).prepare(LayerWeights(w_in, b_in, w_out, shape, activation))(x)
+    return _from_registry(name, x, LayerWeights(w_in, b_in, w_out, shape, activation))
 
 
 def _native(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str) -> Tensor | None:
@@ -70,6 +68,22 @@ def _native(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: 
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         pass  # the checks that follow name the argument, and what the operator raises for another reason it raises again
     return None
+
+
+def _from_registry(name: str, x: Tensor, weights: LayerWeights) -> Tensor:
+    """Output of the entry `name`. Raises ValueError if it cannot take the call: some read memory as the dtype that they expect."""
+    from fffsweep.kernels import registry
+
+    found = registry.find(name)
+    tensors = [each for each in (x, weights.w_in, weights.b_in, weights.w_out) if each is not None]
+    backward = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    for dtype in (x.dtype, weights.w_in.dtype):
+        if reason := found.why_not(weights, dtype, x.device.type, backward):
+            raise ValueError(
+                f"implementation={name!r}: {reason}; expected one that takes {dtype} on {x.device.type}"
+                f"{' and has a backward pass (or a call under torch.no_grad())' if backward else ''}, or none: `choose` finds one"
+            )
+    return found.prepare(weights)(x)
 
 
 def choose(x: Tensor, w_in: Tensor, shape: TreeShape) -> str:

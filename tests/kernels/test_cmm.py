@@ -57,6 +57,27 @@ def test_implementation_forces_one(name: str) -> None:
     torch.testing.assert_close(cmm(*arguments(), implementation=name), expected, **slack)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "grad", "message"),
+    [
+        # over a BLAS, bytes of another dtype would be read as float32
+        ("blas_level1", torch.float64, False, "blas_level1 does not take torch.float64"),
+        ("blas_level2", torch.bfloat16, False, "blas_level2 does not take torch.bfloat16"),
+        ("blas_level1", torch.float32, True, r"blas_level1 has no backward pass.*torch.no_grad"),
+        ("reference", torch.float32, True, "reference has no backward pass"),
+        ("torch_dense", torch.float32, False, "torch_dense computes dense layers, and 2x3 has depth"),
+        ("triton_walk", torch.float32, False, "triton_walk does not run on cpu"),
+    ],
+)
+def test_a_forced_implementation_refuses_what_it_cannot_take(name: str, dtype: torch.dtype, grad: bool, message: str) -> None:
+    x, w_in, *rest = arguments(dtype=dtype)
+    with pytest.raises(ValueError, match=f"implementation='{name}': {message}"):
+        cmm(x, w_in.requires_grad_(grad), *rest, implementation=name)
+    if grad:
+        with torch.no_grad():
+            assert cmm(x, w_in, *rest, implementation=name).shape == x.shape
+
+
 @native
 def test_choice() -> None:
     for dtype, layout, name in (
