@@ -8,22 +8,28 @@ namespace {
 
 using namespace cmm_operator;
 
-void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels) {
+// What tensors without memory, those of tracing, must keep too.
+void check_shapes(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && w_in.dim() == 3, "cmm: expected x [..., hidden] and w_in [trees, nodes, hidden]");
-  TORCH_CHECK_VALUE(levels >= 1 && levels <= 31 && w_in.size(1) == (int64_t(1) << levels) - 1, "cmm: w_in has ", w_in.size(1),
+  TORCH_CHECK_VALUE(levels >= 1 && levels <= 31 && w_in.sym_size(1) == (int64_t(1) << levels) - 1, "cmm: w_in has ", w_in.sym_size(1),
                     " nodes a tree, expected 2**levels - 1 for ", levels, " levels");
-  TORCH_CHECK_VALUE(x.size(-1) == w_in.size(2), "cmm: x has hidden size ", x.size(-1), ", expected ", w_in.size(2), " as w_in");
-  TORCH_CHECK_VALUE(x.size(-1) == 0 || x.numel() / x.size(-1) <= INT32_MAX, "cmm: x has ", x.numel() / x.size(-1),
-                    " tokens, expected at most 2**31 - 1 in one call");
-  TORCH_CHECK_VALUE(w_out.sizes() == w_in.sizes(), "cmm: w_out has shape ", w_out.sizes(), ", expected ", w_in.sizes());
-  TORCH_CHECK_VALUE(x.is_cpu() && w_in.is_cpu() && w_out.is_cpu(), "cmm: expected tensors on the CPU");
+  TORCH_CHECK_VALUE(x.sym_size(-1) == w_in.sym_size(2), "cmm: x has hidden size ", x.sym_size(-1), ", expected ", w_in.sym_size(2),
+                    " as w_in");
+  TORCH_CHECK_VALUE(w_out.sym_sizes() == w_in.sym_sizes(), "cmm: w_out has shape ", w_out.sym_sizes(), ", expected ", w_in.sym_sizes());
   auto w = w_in.scalar_type();
   TORCH_CHECK_VALUE((w == at::kFloat || w == at::kBFloat16) && w_out.scalar_type() == w, "cmm: expected float32 or bfloat16 weights");
   TORCH_CHECK_VALUE(x.scalar_type() == w || x.scalar_type() == at::kFloat, "cmm: x is ", x.scalar_type(), ", expected ", w);
   if (b_in)
-    TORCH_CHECK_VALUE(b_in->dim() == 2 && b_in->size(0) == w_in.size(0) && b_in->size(1) == w_in.size(1) && b_in->scalar_type() == w &&
-                          b_in->is_cpu(),
-                      "cmm: expected b_in [trees, nodes] of the dtype and device of w_in");
+    TORCH_CHECK_VALUE(b_in->dim() == 2 && b_in->sym_size(0) == w_in.sym_size(0) && b_in->sym_size(1) == w_in.sym_size(1) &&
+                          b_in->scalar_type() == w,
+                      "cmm: expected b_in [trees, nodes] of the dtype of w_in");
+}
+
+void check(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels) {
+  check_shapes(x, w_in, b_in, w_out, levels);
+  TORCH_CHECK_VALUE(x.size(-1) == 0 || x.numel() / x.size(-1) <= INT32_MAX, "cmm: x has ", x.numel() / x.size(-1),
+                    " tokens, expected at most 2**31 - 1 in one call");
+  TORCH_CHECK_VALUE(x.is_cpu() && w_in.is_cpu() && w_out.is_cpu() && (!b_in || b_in->is_cpu()), "cmm: expected tensors on the CPU");
 }
 
 // Hidden size 0 and no tokens leave nothing to do.
@@ -93,21 +99,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
   return {grad_x, grad_in.to(w), grad_bias.to(w), grad_out.to(w)};
 }
 
-Tensor cmm_shape(const Tensor& x, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, int64_t, int64_t) {
+Tensor cmm_shape(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels, int64_t, int64_t) {
+  check_shapes(x, w_in, b_in, w_out, levels);
   return at::empty_symint(x.sym_sizes(), x.options());
 }
 
-std::tuple<Tensor, Tensor, Tensor> cmm_train_shape(const Tensor& x, const Tensor& w_in, const OptionalTensor&, const Tensor&,
+std::tuple<Tensor, Tensor, Tensor> cmm_train_shape(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out,
                                                    int64_t levels, int64_t, int64_t) {
-  auto tokens = x.sym_numel() / x.sym_size(-1);
+  check_shapes(x, w_in, b_in, w_out, levels);
+  auto tokens = tokens_of(x);
   auto trees = w_in.sym_size(0);
   return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({tokens, trees, levels}, x.options().dtype(at::kFloat)),
           at::empty_symint({tokens, trees}, x.options().dtype(at::kInt))};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_shape(const Tensor&, const Tensor& x, const Tensor& w_in,
-                                                              const OptionalTensor& b_in, const Tensor&, const Tensor&, const Tensor&,
-                                                              int64_t, int64_t, int64_t) {
+                                                              const OptionalTensor& b_in, const Tensor& w_out, const Tensor&,
+                                                              const Tensor&, int64_t levels, int64_t, int64_t) {
+  check_shapes(x, w_in, b_in, w_out, levels);
   Tensor bias = b_in ? at::empty_symint(b_in->sym_sizes(), w_in.options()) : at::empty({0}, w_in.options());
   return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(w_in.sym_sizes(), w_in.options()), bias,
           at::empty_symint(w_in.sym_sizes(), w_in.options())};

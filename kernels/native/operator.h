@@ -39,6 +39,9 @@ inline void run_parallel(int64_t tasks, cmm_task task, void* context) {
 
 inline int32_t threads_now() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
+// Tokens of x, for tensors without memory too; rows without elements are none.
+inline c10::SymInt tokens_of(const Tensor& x) { return x.sym_size(-1) == 0 ? c10::SymInt(0) : x.sym_numel() / x.sym_size(-1); }
+
 inline int32_t dtype_of(const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? CMM_BF16 : tensor.scalar_type() == at::kChar ? CMM_I8 : CMM_F32;
 }

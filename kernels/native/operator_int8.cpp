@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> cmm_int8(const Tensor& x, const Tensor& w_in, const T
 
 std::tuple<Tensor, Tensor> cmm_int8_shape(const Tensor& x, const Tensor& w_in, const Tensor&, const OptionalTensor&, const Tensor&,
                                           const Tensor&, int64_t, int64_t, bool leaves, int64_t) {
-  auto tokens = leaves ? x.sym_numel() / x.sym_size(-1) : c10::SymInt(0);
+  auto tokens = leaves ? tokens_of(x) : c10::SymInt(0);
   return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({tokens, w_in.sym_size(0)}, x.options().dtype(at::kInt))};
 }
 

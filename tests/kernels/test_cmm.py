@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fffsweep.kernels import library, registry, torch_forms
 from fffsweep.kernels.activations import ACTIVATIONS
@@ -76,6 +77,63 @@ def test_a_forced_implementation_refuses_what_it_cannot_take(name: str, dtype: t
     if grad:
         with torch.no_grad():
             assert cmm(x, w_in, *rest, implementation=name).shape == x.shape
+
+
+@native
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: (a[0][:, :5], *a[1:]),
+        lambda a: (a[0].long(), *a[1:]),
+        lambda a: (*a[:2], a[2][:, :3], a[3]),
+        lambda a: (*a[:3], a[3].double()),
+        lambda a: (*a[:3], a[3][:, :7]),
+    ],
+)
+def test_wrong_arguments_are_named_where_tensors_are_fake(change) -> None:
+    *right, shape = arguments()
+    wrong = change(right)
+    with FakeTensorMode() as mode:
+        assert cmm(*map(mode.from_tensor, right), shape).shape == (5, 12)
+        with pytest.raises(ValueError, match="expected"):
+            cmm(*map(mode.from_tensor, wrong), shape)
+    for operator in (torch.ops.fffsweep.cmm, torch.ops.fffsweep.cmm_train):
+        with pytest.raises(ValueError, match="expected"):
+            operator(*(each.to("meta") for each in wrong), shape.levels, 4)
+
+
+@native
+def test_rows_without_elements_have_shapes_too() -> None:
+    x, w_in = torch.zeros(5, 0, device="meta"), torch.zeros(2, 15, 0, device="meta")
+    y, logits, leaves = torch.ops.fffsweep.cmm_train(x, w_in, None, w_in, 4, 4)
+    assert (y.shape, logits.shape, leaves.shape) == ((5, 0), (0, 2, 4), (0, 2))
+    rounded, scales = w_in.to(torch.int8), torch.zeros(2, 15, device="meta")
+    assert torch.ops.fffsweep.cmm_int8(x, rounded, scales, None, rounded, scales, 4, 4, True)[1].shape == (0, 2)
+
+
+@native
+@pytest.mark.parametrize("batch", [False, True])
+def test_views_of_any_kind_are_taken(batch: bool) -> None:
+    """Negated lazily, expanded, mapped over, with a gradient that is one number expanded: as their plain copies."""
+    x, w_in, b_in, w_out, shape = arguments()
+    lazy = torch.complex(x, x).conj().imag
+    assert lazy.is_neg()
+    plain = [-x, w_in[:1].repeat(2, 1, 1), b_in, w_out]
+    views = [lazy, w_in[:1].expand(2, 15, 12), b_in, w_out]
+    if batch:
+        plain, views = [(-x)[:1].repeat(40, 1), *plain[1:]], [lazy[:1].expand(40, 12), *views[1:]]
+    found = []
+    for given in (plain, views):
+        leaves = [each.detach().requires_grad_() for each in given]
+        y = cmm(*leaves, shape)
+        found.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    many = torch.stack([x, 2 * x])
+    assert torch.equal(
+        torch.func.vmap(lambda x: cmm(x, w_in, b_in, w_out, shape))(many),
+        torch.stack([cmm(each, w_in, b_in, w_out, shape) for each in many]),
+    )
 
 
 @native
