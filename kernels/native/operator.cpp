@@ -124,6 +124,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_shape(const Tensor&, con
 
 c10::OperatorHandle operator_named(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
+template <class... Tensors>
+bool has_tangent(const Tensors&... tensors) {
+  return (tensors._fw_grad(/*level=*/0).defined() || ...);
+}
+
+// The backward pass where its gradients may be differentiated once more: what asks for that gets an error and not zeros.
+class CmmBackwardFunction : public torch::autograd::Function<CmmBackwardFunction> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& grad_y, const Tensor& x,
+                                                const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out,
+                                                const Tensor& logits, const Tensor& leaves, int64_t levels, int64_t activation,
+                                                int64_t isa) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static auto op = operator_named("fffsweep::cmm_backward").typed<decltype(cmm_backward)>();
+    auto [of_x, of_in, of_bias, of_out] = op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+    return {of_x, of_in, of_bias, of_out};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "cmm: its gradients were differentiated, and native kernels have no second derivative: ",
+                                "expected one backward pass alone, or implementation='masked', which has them all");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_autograd(const Tensor& grad_y, const Tensor& x, const Tensor& w_in,
+                                                                 const OptionalTensor& b_in, const Tensor& w_out, const Tensor& logits,
+                                                                 const Tensor& leaves, int64_t levels, int64_t activation,
+                                                                 int64_t isa) {
+  bool wanted = at::GradMode::is_enabled() && (grad_y.requires_grad() || x.requires_grad() || w_in.requires_grad() ||
+                                               w_out.requires_grad() || (b_in && b_in->requires_grad()));
+  if (wanted) {
+    auto found = CmmBackwardFunction::apply(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+    return {found[0], found[1], found[2], found[3]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  static auto op = operator_named("fffsweep::cmm_backward").typed<decltype(cmm_backward)>();
+  return op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+}
+
 class CmmFunction : public torch::autograd::Function<CmmFunction> {
  public:
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
@@ -149,6 +188,9 @@ class CmmFunction : public torch::autograd::Function<CmmFunction> {
 
 Tensor cmm_autograd(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
                     int64_t activation, int64_t isa) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x, w_in, w_out, b_in ? *b_in : x),
+                              "cmm: an argument has a tangent of forward-mode differentiation, which native kernels do not have: ",
+                              "expected reverse mode, or implementation='masked', which has both");
   bool wanted = at::GradMode::is_enabled() &&
                 (x.requires_grad() || w_in.requires_grad() || w_out.requires_grad() || (b_in && b_in->requires_grad()));
   if (wanted) return CmmFunction::apply(x, w_in, b_in, w_out, levels, activation, isa);
@@ -181,4 +223,7 @@ TORCH_LIBRARY_IMPL(fffsweep, Meta, m) {
   m.impl("cmm_backward", cmm_backward_shape);
 }
 
-TORCH_LIBRARY_IMPL(fffsweep, Autograd, m) { m.impl("cmm", cmm_autograd); }
+TORCH_LIBRARY_IMPL(fffsweep, Autograd, m) {
+  m.impl("cmm", cmm_autograd);
+  m.impl("cmm_backward", cmm_backward_autograd);
+}

@@ -112,6 +112,35 @@ def test_rows_without_elements_have_shapes_too() -> None:
 
 
 @native
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_second_derivative_is_refused_where_it_is_asked_for(bias: bool) -> None:
+    x, w_in, b_in, w_out, shape = arguments(bias=bias)
+    leaves = [each.requires_grad_() for each in (x, w_in, b_in, w_out) if each is not None]
+    first = torch.autograd.grad(cmm(x, w_in, b_in, w_out, shape).square().sum(), leaves)
+    again = torch.autograd.grad(cmm(x, w_in, b_in, w_out, shape).square().sum(), leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for each in again:
+        with pytest.raises(NotImplementedError, match=r"no second derivative.*implementation='masked'"):
+            torch.autograd.grad(each.square().sum(), leaves, retain_graph=True)
+    masked = torch.autograd.grad(cmm(x, w_in, b_in, w_out, shape, implementation="masked").square().sum(), leaves, create_graph=True)
+    assert torch.autograd.grad(masked[0].square().sum(), leaves)[0].abs().max() > 0
+
+
+@native
+def test_forward_mode_is_refused() -> None:
+    x, *rest = arguments()
+
+    def layer(x: torch.Tensor, **options: object) -> torch.Tensor:
+        return cmm(x, *rest, **options)
+
+    with pytest.raises(NotImplementedError, match=r"forward-mode.*implementation='masked'"):
+        torch.func.jvp(layer, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"), torch.no_grad():
+        layer(torch.autograd.forward_ad.make_dual(x, x))
+    assert torch.func.jvp(lambda x: layer(x, implementation="masked"), (x,), (x,))[1].abs().max() > 0
+
+
+@native
 @pytest.mark.parametrize("batch", [False, True])
 def test_views_of_any_kind_are_taken(batch: bool) -> None:
     """Negated lazily, expanded, mapped over, with a gradient that is one number expanded: as their plain copies."""
