@@ -130,15 +130,18 @@ def load(folder: Path) -> dict[str, Any] | None:
     """The record in `folder`, None if there is none. Raises ConfigError if another version wrote it or it cannot be read."""
     path = folder / "study.json"
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         return None
     try:
         record: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: damaged ({error}); move it away and run the sweep again, what is finished is reused") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: damaged ({error}), cut off or overwritten; move it away and run the sweep's config again, which writes it anew from the "
+            "results and decisions that are there"
+        ) from None
     if record.get("schema") != SCHEMA:
         raise ConfigError(
             f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}; use the fffsweep that wrote it or another --results"
