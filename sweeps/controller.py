@@ -121,7 +121,8 @@ class Controller:
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = stop_flag(folder, os.environ.get(ATTEMPT))
         self._book = Book(self._store, self._record.trials, durations(stored), listener.say)
-        decisions = Decisions(folder, partial(self._patience.insist, "results folder"))
+        self._insist = partial(self._patience.insist, "results folder")
+        decisions = Decisions(folder, self._insist)
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling, decisions)
         self._running: dict[str, Resources] = {}
         self._shared, self._alone = (ReadyRuns(self._is_ready, self._resources) for _ in range(2))
@@ -146,6 +147,9 @@ class Controller:
         if not self._book.is_over():
             with catching_signals(self._stop, lambda: self._stopping):
                 self._drive()
+        for trial in self._record.trials:
+            if trial.state == "running":  # begun, and nothing runs any more
+                trial.state = "waiting"
         failed = tuple(trial.plan.spec.id for trial in self._record.trials if trial.state == "failed")
         unfinished = any(trial.state not in ENDED for trial in self._record.trials)
         self._record.state = "stopped" if unfinished else "failed" if len(failed) == len(self._record.trials) else "complete"
@@ -164,8 +168,8 @@ class Controller:
         executor = self._start_executor()
         try:
             while True:
-                self._lease.require()
-                if self._stopping or self._stop_file.exists():
+                self._insist(self._lease.require)
+                if self._stopping or self._insist(self._stop_file.exists):
                     self._stop()
                 if not self._stopping:
                     self._draw(self._num_slots(executor))
@@ -187,11 +191,9 @@ class Controller:
 
     def _draw(self, num_slots: int) -> None:
         """Take up new trials until enough are under way: one at a point that others have run ends as it comes."""
-        while True:
-            changes = self._strategy.more(num_slots)
+        while (changes := self._strategy.more(num_slots)).plans:
             self._adopt(changes)
-            if not changes.plans:
-                return
+        self._adopt(changes)
 
     def _open_next(self) -> None:
         """In a part of a sweep, let the next trial begin once the one before has ended."""

@@ -304,10 +304,33 @@ def test_a_driver_that_lost_its_lease_ends_and_records_nothing_more(tmp_path, mo
     assert load(study_folder(tmp_path, "toy study"))["state"] == "running"
 
 
+def test_a_results_folder_that_does_not_answer_for_a_while_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("fffsweep.sweeps.patience._FIRST_WAIT_S", 0.0)
+    refusals, require = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")], Lease.require
+    exists, flags = type(tmp_path).exists, [OSError(errno.EIO, "Input/output error")]
+
+    def asked(self):
+        if refusals:
+            raise refusals.pop()
+        require(self)
+
+    def looked(self):
+        if self.name == "stop" and flags and not refusals:
+            raise flags.pop()
+        return exists(self)
+
+    monkeypatch.setattr(Lease, "require", asked)
+    monkeypatch.setattr(type(tmp_path), "exists", looked)
+    outcome, listener, _ = drive(tmp_path)
+    assert (outcome.state, refusals, flags) == ("complete", [], [])
+    assert sum("results folder: it answers again" in line for line in listener.lines) == 2
+
+
 def test_a_stop_request_ends_the_sweep_resumable(tmp_path):
     Toy.faults["pretrain 2x2"] = [StopRequested()]
     outcome, _, record = drive(tmp_path)
     assert outcome.state == record["state"] == "stopped"
+    assert [trial["state"] for trial in record["trials"]] == ["waiting", "waiting"]
     assert {run.info.status for run in runs_of(tmp_path)} <= {"FINISHED", "KILLED"}
     assert drive(tmp_path)[0].state == "complete"
     assert max(Counter(Toy.ran).values()) == 1
