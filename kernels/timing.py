@@ -16,7 +16,7 @@ PREEMPTED = 1.08  # wall time over CPU time of a sample beyond which something e
 SPREAD = 0.25  # (q80 - q20) / median beyond which a series is called noisy
 SAMPLE_S = 0.002  # a sample repeats its call until it lasts this long
 READ_BYTES = 256 << 20
-REFUSALS = 3  # times the wanted rounds that may be refused before disturbed samples are taken and flagged
+REFUSALS = 3  # times the wanted samples that may be refused before disturbed ones are taken and flagged
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,19 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def shortlist(calls: dict[str, Callable[[], object]], *, within: float = 3.0) -> tuple[list[str], dict[str, float]]:
-    """Names whose second call takes at most `within` times the fastest one's, and the seconds of all."""
+    """Names whose second call takes at most `within` times the fastest one's, and the seconds of all.
+
+    A call that something else disturbed is taken again, up to `REFUSALS` times: it would leave out the best.
+    """
     once = {}
     for name, call in calls.items():
         call()
-        begin = time.perf_counter()
-        call()
-        once[name] = time.perf_counter() - begin
+        once[name], clean = _sample(call, 1)
+        for _ in range(REFUSALS):
+            if clean:
+                break
+            seconds, clean = _sample(call, 1)
+            once[name] = min(once[name], seconds)
     return [name for name, seconds in once.items() if seconds <= within * min(once.values())], once
 
 
