@@ -99,11 +99,25 @@ def backward(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> G
 
 def gradient_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> Gradients:
     """Sums of absolute terms for each gradient: reduction length x epsilon x these bounds the rounding of any order of summation."""
-    hidden = np.abs(activation_of(layer.activation).apply(torch.from_numpy(done.logits)).numpy()) + done.logit_terms
-    # slopes stay below 1.13 for every activation of the table, and change by less than one for each unit of the logit
-    slope = 1.13 + done.logit_terms
+    return _scatter(*_terms(layer, x, grad_y, done, 1.0), layer.b_in is not None)
+
+
+def typical_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> Gradients:
+    """Roots of the sums of squared terms: times epsilon, what roundings that are independent of each other come to."""
+    *arrays, hidden, slope = _terms(layer, x, grad_y, done, max(1, layer.hidden) ** 0.5)
+    w_in, w_out, tokens, grads, paths = arrays
+    squares = _scatter(w_in**2, w_out**2, tokens**2, grads**2, paths, hidden**2, slope**2, layer.b_in is not None)
+    bias = None if squares.b_in is None else np.sqrt(squares.b_in)
+    return Gradients(np.sqrt(squares.x), np.sqrt(squares.w_in), bias, np.sqrt(squares.w_out))
+
+
+def _terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward, row: float) -> tuple[Any, ...]:
+    """Absolute values of what `_scatter` takes; the roundings of a logit come to its terms over `row`."""
+    activation, logits = activation_of(layer.activation), torch.from_numpy(done.logits)
+    # activations change by little more than one for each unit of the logit, slopes by less
+    hidden, slope = (np.abs(of(logits).numpy()) + done.logit_terms / row for of in (activation.apply, activation.slope))
     w_in, w_out, tokens, grads = (np.abs(_float64(each)) for each in (layer.w_in, layer.w_out, x, grad_y))
-    return _scatter(w_in, w_out, tokens, grads, done.paths, hidden, slope, layer.b_in is not None)
+    return w_in, w_out, tokens, grads, done.paths, hidden, slope
 
 
 def _scatter(

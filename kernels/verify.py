@@ -13,13 +13,14 @@ from fffsweep.kernels.activations import activation_of
 from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.reference import Array
 from fffsweep.kernels.registry import Implementation
+from fffsweep.kernels.shape import child
 
 TF32_EPSILON = 2.0**-10
 SLOPE_BOUND = 1.13  # the steepest activation of the table, gelu
 SUM_ROUNDINGS = 32  # epsilons of a sum's dtype that the roundings of a long sum come to, typically
 INT8_EPSILON, INT16_EPSILON = 2.0**-5, 2.0**-12  # what rounding to 8 bits of a tensor's range, and to 16 of a token's, amounts to
 LIKELY = 8.0  # times the typical error: more than roundings that are independent of each other ever add up to
-MANY = 1024  # elements of a gradient from which on its root mean square is told by chance no more
+MANY = 1024  # elements of a gradient from which on its root mean square is told by chance no more; of fewer, each is held
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def verify(
 ) -> Verdict:
     """Hold `implementation` against the reference on x [tokens, hidden], whose dtype is the weights'.
 
-    A path may leave the reference's only where the logit is within rounding of zero; outputs, and gradients if `backward`, are
-    then compared along the implementation's own paths; the reference of one that rounds weights to 8 bits takes the rounded ones.
+    A path may turn against a logit only where that is within rounding of zero; outputs, and gradients if `backward`, are
+    compared along the implementation's own paths; the reference of one that rounds weights to 8 bits takes the rounded ones.
     Tolerance: what rounding can do at worst (reduction length x epsilon x sum of absolute terms, plus the rounding of activations and
     outputs to the dtype), and no more than `LIKELY` times what it does typically, where the worst case would let anything pass.
     `path_flips` counts against `exact` weights (before any rounding), if given.
@@ -59,11 +60,13 @@ def verify(
     paths = expected.paths if own is None else own.cpu().numpy()
     flips = int((paths != (expected.paths if exact is None else reference.forward(exact, x).paths)).any(axis=(1, 2)).sum())
     if (paths != expected.paths).any():
+        if _strays(paths):
+            return Verdict(False, flips, float("inf"), "paths leave the tree: expected the root, then a child at each level")
+        expected = reference.forward(weights, x, torch.from_numpy(paths))
         token_error = None if rounded is None else rounded.token_error(x).numpy()
-        unsound = _unsound_flips(paths, expected, weights, stored, token_error)
+        unsound = _unsound_flips(expected, weights, stored, token_error)
         if unsound:
             return Verdict(False, flips, float("inf"), f"{unsound} paths leave the reference's at logits that are not within rounding of 0")
-        expected = reference.forward(weights, x, torch.from_numpy(paths))
     error, tolerance = np.abs(y.detach().cpu().double().numpy() - expected.y), output_tolerance(weights, expected, stored)
     if rounded is not None:
         tolerance = tolerance + _token_rounding(weights, expected, rounded.token_error(x).numpy())
@@ -137,19 +140,23 @@ def _token_rounding(weights: LayerWeights, done: reference.Forward, token_error:
     )
 
 
-def _unsound_flips(paths: np.ndarray, expected: reference.Forward, weights: LayerWeights, stored: float, token_error: Array | None) -> int:
-    """Paths that part from the reference where its logit lies further from zero than rounding explains."""
+def _strays(paths: np.ndarray) -> bool:
+    """Whether a path [tokens, trees, levels] begins elsewhere than at the root, or goes on to what is no child."""
+    step = paths[:, :, 1:] - 2 * paths[:, :, :-1]
+    return bool((paths[:, :, 0] != 0).any() or ((step != 1) & (step != 2)).any())
+
+
+def _unsound_flips(along: reference.Forward, weights: LayerWeights, stored: float, token_error: Array | None) -> int:
+    """Paths that turn, at any of their nodes, against a logit that lies further from zero than rounding explains."""
     epsilon = _sum_epsilon(weights)
-    slack = (epsilon * (weights.hidden + 8) + (4 * stored if stored > epsilon else 0.0)) * expected.logit_terms
+    worst = (epsilon * (weights.hidden + 8) + (4 * stored if stored > epsilon else 0.0)) * along.logit_terms
+    # the worst case alone would leave decisions of bfloat16 free wherever a logit is below half of its usual size
+    slack = np.minimum(worst, LIKELY * max(stored, SUM_ROUNDINGS * epsilon) * along.logit_terms / max(1, weights.hidden) ** 0.5)
     if token_error is not None:
-        slack = slack + _logit_rounding(weights, expected, token_error)
-    count = 0
-    for token, tree in np.argwhere((paths != expected.paths).any(axis=2)):
-        level = int(np.argmax(paths[token, tree] != expected.paths[token, tree])) - 1
-        parent = paths[token, tree, level]
-        is_child = paths[token, tree, level + 1] in (2 * parent + 1, 2 * parent + 2)
-        count += not is_child or abs(expected.logits[token, tree, level]) > slack[token, tree, level]
-    return count
+        slack = slack + _logit_rounding(weights, along, token_error)
+    logits = along.logits[:, :, :-1]
+    turned = along.paths[:, :, 1:] != child(along.paths[:, :, :-1], logits)
+    return int((turned & ~(np.abs(logits) <= slack[:, :, :-1])).any(axis=2).sum())
 
 
 def _compare_gradients(
@@ -157,18 +164,23 @@ def _compare_gradients(
 ) -> tuple[float, str | None]:
     bias = None if weights.b_in is None else _gradient(weights.b_in)
     found = reference.Gradients(_gradient(x), _gradient(weights.w_in), bias, _gradient(weights.w_out))
-    exact, terms = (make(weights, x, grad_y, expected) for make in (reference.backward, reference.gradient_terms))
+    made = (reference.backward, reference.gradient_terms, reference.typical_terms)
+    exact, terms, likely = (make(weights, x, grad_y, expected) for make in made)
     epsilon = _sum_epsilon(weights)
     for name in ("x", "w_in", "b_in", "w_out"):
         own = stored if name == "x" else max(stored, float(torch.finfo(weights.w_in.dtype).eps))
         scale = epsilon * (2 * weights.hidden + len(x) + weights.shape.active_width + 16) + (8 * own if own > epsilon else 0.0)
-        got, want, bound = (getattr(each, name) for each in (found, exact, terms))
+        got, want, bound, typical = (getattr(each, name) for each in (found, exact, terms, likely))
         if want is None:
             continue
         ratio, reason = _worst(f"gradient of {name}", np.abs(got - want), scale * bound + 2 * own * np.abs(want) + 1e-30)
-        if reason is None and want.size >= MANY:
-            slack = LIKELY * max(own, SUM_ROUNDINGS * epsilon) * _root_mean_square(want) + 1e-30
-            overall, reason = _worst(f"gradient of {name}, root mean square", _root_mean_square(got - want), slack)
+        if reason is None:
+            epsilons = LIKELY * max(own, SUM_ROUNDINGS * epsilon)
+            if want.size >= MANY:
+                slack = epsilons * _root_mean_square(want) + 1e-30
+                overall, reason = _worst(f"gradient of {name}, root mean square", _root_mean_square(got - want), slack)
+            else:
+                overall, reason = _worst(f"gradient of {name}", np.abs(got - want), epsilons * typical + 1e-30)
             ratio = max(ratio, overall)
         worst = max(worst, ratio)
         if reason:

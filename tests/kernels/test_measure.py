@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fffsweep.kernels import measure, registry, timing
+from fffsweep.kernels import measure, registry, timing, torch_forms
+from fffsweep.kernels.activations import ACTIVATIONS
 from fffsweep.kernels.gate import gate, passes
 from fffsweep.kernels.layer import random_layer
 from fffsweep.kernels.measure import batches_of, compare_layers, contenders, copies_of, draw, layer_call, num_batches
-from fffsweep.kernels.shape import parse_layout
+from fffsweep.kernels.shape import child, parse_layout
 
 
 def pair(hidden: int = 16):
@@ -108,6 +109,125 @@ def test_the_gate_tells_a_wrong_layer_from_rounding(layout: str, dtype: torch.dt
     assert passes(honest, weights, x, dtype, backward=True).verified
     for name, change in wrong.items():
         assert not passes(changed(change), weights, x, dtype).verified, name
+
+
+class Backward(torch.autograd.Function):
+    """CMM whose backward pass is written out, so that `change(coefficients, rows)` may spoil it, both by name of the gradient.
+
+    Coefficients [tokens, trees, levels] are those of each visited row: slopes of the loss by logits, activations for w_out.
+    """
+
+    @staticmethod
+    def forward(context, x, w_in, b_in, w_out, shape, change):
+        context.save_for_backward(x, w_in, b_in, w_out)
+        context.given = shape, change
+        return torch_forms.gather(x, w_in, b_in, w_out, shape, "gelu")
+
+    @staticmethod
+    def backward(context, grad_y):
+        shape, change = context.given
+        x, w_in, b_in, w_out = context.saved_tensors
+        paths = torch_forms.paths(x, w_in, b_in, shape) + shape.nodes * torch.arange(shape.trees).view(1, -1, 1)
+        tokens, rows_in, bias, rows_out, grads = (
+            each.double() for each in (x, w_in.flatten(0, 1), b_in.flatten(), w_out.flatten(0, 1), grad_y)
+        )
+        logits = torch.einsum("th,tklh->tkl", tokens, rows_in[paths]) + bias[paths]
+        by_logit = torch.einsum("th,tklh->tkl", grads, rows_out[paths]) * ACTIVATIONS["gelu"].slope(logits)
+        coefficients = {name: by_logit.clone() for name in ("x", "w_in", "b_in")} | {"w_out": ACTIVATIONS["gelu"].apply(logits)}
+        rows = {name: paths.clone() for name in coefficients}
+        change(coefficients, rows)
+
+        def scattered(name, like, each):
+            return torch.zeros_like(like).index_add_(0, rows[name].flatten(), (coefficients[name].unsqueeze(3) * each).flatten(0, 2))
+
+        return (
+            torch.einsum("tkl,tklh->th", coefficients["x"], rows_in[rows["x"]]).to(x),
+            scattered("w_in", rows_in, tokens.view(len(x), 1, 1, -1)).view(w_in.shape).to(x),
+            scattered("b_in", bias.view(-1, 1), 1.0).view(b_in.shape).to(x),
+            scattered("w_out", rows_out, grads.view(len(x), 1, 1, -1)).view(w_out.shape).to(x),
+            None,
+            None,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["1x6", "2x3"])
+def test_the_gate_tells_a_wrong_backward_pass_from_rounding(layout: str, dtype: torch.dtype) -> None:
+    """Gradients of the biases are few: the smallest of these hold 30."""
+    shape, x = parse_layout(layout), torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
+
+    def verdict(change):
+        def prepare(weights):
+            return lambda x: Backward.apply(x, weights.w_in, weights.b_in, weights.w_out, shape, change)
+
+        form = registry.Implementation(
+            "m", "cmm", prepare, dtypes=registry.EVERY, supports_backward=True, paths=registry.find("gather").paths
+        )
+        return passes(form, random_layer(shape, 64), x, dtype, backward=True)
+
+    assert verdict(lambda coefficients, rows: None).verified
+    wrong = {
+        "nothing": lambda found, rows: found.zero_(),
+        "a level short": lambda found, rows: found[:, :, 1].zero_(),
+        "leaves short": lambda found, rows: found[:, :, -1].zero_(),
+        "the root's summed twice": lambda found, rows: found[:, :, 0].mul_(2),
+        "another sign": lambda found, rows: found.neg_(),
+        "half": lambda found, rows: found.mul_(0.5),
+        "the children's rows swapped": lambda found, rows: rows[:, :, 1].copy_(2 * rows[:, :, 0] + 3 - rows[:, :, 1]),
+    }
+    for name in ("x", "w_in", "b_in", "w_out"):
+        for what, spoil in wrong.items():
+            found = verdict(lambda coefficients, rows, name=name, spoil=spoil: spoil(coefficients[name], rows[name]))
+            assert not found.verified, f"{name}: {what}, {found.worst}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [96, 768])
+def test_the_gate_tells_another_rule_of_descent_from_rounding(hidden: int, dtype: torch.dtype) -> None:
+    honest, weights = registry.find("gather"), random_layer(parse_layout("1x10"), hidden)
+    x = torch.randn(60, hidden, generator=torch.Generator().manual_seed(0))
+
+    def along(change):
+        def paths(weights, x):
+            return torch_forms.paths(x, weights.w_in, change(weights.b_in), weights.shape)
+
+        def prepare(weights):
+            arguments = (weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation)
+            return lambda x: torch_forms.gather(x, *arguments, paths=paths(weights, x))
+
+        return passes(registry.Implementation("m", "cmm", prepare, dtypes=honest.dtypes, paths=paths), weights, x, dtype)
+
+    assert along(lambda bias: bias).verified
+    for wrong in (lambda bias: None, lambda bias: bias - 0.1, lambda bias: -bias):
+        assert "paths leave the reference's" in along(wrong).reason
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_the_gate_holds_a_path_beyond_a_turn_that_rounding_explains(stray: bool) -> None:
+    """The root's logit is zero, so either child will do; from there on the path must be its own, and one of the tree."""
+    honest, weights = registry.find("gather"), random_layer(parse_layout("1x4"), 16)
+    weights.w_in[0, 0] = weights.b_in[0, 0] = 0
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+
+    def along(turn):
+        def paths(weights, x):
+            visited, rows = [torch.zeros(len(x), dtype=torch.int64)], range(len(x))
+            for level in range(4):
+                logits = torch.tensor([x[t] @ weights.w_in[0, visited[-1][t]] + weights.b_in[0, visited[-1][t]] for t in rows])
+                visited.append(turn(level, visited[-1], logits))
+            return torch.stack(visited, dim=1).unsqueeze(1)
+
+        def prepare(weights):
+            arguments = (weights.w_in, weights.b_in, weights.w_out, weights.shape, weights.activation)
+            return lambda x: torch_forms.gather(x, *arguments, paths=paths(weights, x))
+
+        return passes(registry.Implementation("m", "cmm", prepare, dtypes=honest.dtypes, paths=paths), weights, x, torch.float32)
+
+    sound = along(lambda level, node, logits: child(node, logits if level else 1 + 0 * logits))
+    assert sound.verified, sound.reason
+    assert sound.path_flips > 0
+    unsound = along(lambda level, node, logits: child(node, logits * 0 + 1) - 2 * stray * (level == 3))
+    assert ("leave the tree" if stray else "paths leave the reference's") in unsound.reason
 
 
 def test_each_call_has_other_tokens_and_cold_ones_other_weights() -> None:
