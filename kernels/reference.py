@@ -16,6 +16,7 @@ from fffsweep.kernels.shape import child
 
 WHOLE_ELEMENTS = 1 << 27  # of larger weights, no float64 copy is made
 Array = npt.NDArray[np.float64]
+Terms = tuple[Array, Array, Array, Array, npt.NDArray[np.int64], Array, Array]  # what `_scatter` takes but for the last
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,13 @@ def gradient_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward
 
 def typical_terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward) -> Gradients:
     """Roots of the sums of squared terms: times epsilon, what roundings that are independent of each other come to."""
-    *arrays, hidden, slope = _terms(layer, x, grad_y, done, max(1, layer.hidden) ** 0.5)
-    w_in, w_out, tokens, grads, paths = arrays
+    w_in, w_out, tokens, grads, paths, hidden, slope = _terms(layer, x, grad_y, done, max(1, layer.hidden) ** 0.5)
     squares = _scatter(w_in**2, w_out**2, tokens**2, grads**2, paths, hidden**2, slope**2, layer.b_in is not None)
     bias = None if squares.b_in is None else np.sqrt(squares.b_in)
     return Gradients(np.sqrt(squares.x), np.sqrt(squares.w_in), bias, np.sqrt(squares.w_out))
 
 
-def _terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward, row: float) -> tuple[Any, ...]:
+def _terms(layer: LayerWeights, x: Tensor, grad_y: Tensor, done: Forward, row: float) -> Terms:
     """Absolute values of what `_scatter` takes; the roundings of a logit come to its terms over `row`."""
     activation, logits = activation_of(layer.activation), torch.from_numpy(done.logits)
     # activations change by little more than one for each unit of the logit, slopes by less

@@ -121,8 +121,7 @@ class Controller:
         self._ledger = Ledger(config, results, self._store, listener.say)
         self._stop_file = stop_flag(folder, os.environ.get(ATTEMPT))
         self._book = Book(self._store, self._record.trials, durations(stored), listener.say)
-        self._insist = partial(self._patience.insist, "results folder")
-        decisions = Decisions(folder, self._insist)
+        decisions = Decisions(folder, partial(self._patience.insist, "results folder"))
         self._strategy = strategy or SearchTrials(config, folder, self._metrics_of, self._ledger.sampling, decisions)
         self._running: dict[str, Resources] = {}
         self._shared, self._alone = (ReadyRuns(self._is_ready, self._resources) for _ in range(2))
@@ -168,8 +167,8 @@ class Controller:
         executor = self._start_executor()
         try:
             while True:
-                self._insist(self._lease.require)
-                if self._stopping or self._insist(self._stop_file.exists):
+                self._patience.insist("results folder", self._lease.require)
+                if self._stopping or self._patience.insist("results folder", self._stop_file.exists):
                     self._stop()
                 if not self._stopping:
                     self._draw(self._num_slots(executor))

@@ -139,8 +139,8 @@ def load(folder: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise ConfigError(
-            f"{path}: damaged ({error}), cut off or overwritten; move it away and run the sweep's config again, which writes it anew from the "
-            "results and decisions that are there"
+            f"{path}: damaged ({error}), cut off or overwritten; move it away and run the sweep's config again, which writes it "
+            "anew from the results and decisions that are there"
         ) from None
     if record.get("schema") != SCHEMA:
         raise ConfigError(
