@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
 from optuna.samplers import (
     BaseSampler,
     GPSampler,
@@ -27,6 +33,7 @@ from optuna.samplers import (
 from optuna.trial import FrozenTrial, TrialState
 
 from fffsweep.sweeps.search import FIXED_IN_ADVANCE, Choices, Dimension, FloatRange, Point, Sampler
+from fffsweep.sweeps.yaml_source import ConfigError
 
 # Trees and depth as integers: a categorical "layout" could not grow when a study is extended.
 _SHAPE: dict[str, BaseDistribution] = {"trees": IntDistribution(1, 2**24), "depth": IntDistribution(0, 30)}
@@ -103,15 +110,39 @@ class OptunaStudy:
         self._study = optuna.create_study(
             storage=storage, study_name=name, directions=list(objectives.values()), load_if_exists=True, sampler=RandomSampler(seed=0)
         )
+        self._check(objectives)
         with _quiet():
             self._study.set_metric_names(list(objectives))
         self._read()
+
+    def _check(self, objectives: Mapping[str, str]) -> None:
+        """Raises ConfigError if the storage has a study of this name that is after something else: it would be searched for that."""
+        there = [direction.name.lower() for direction in self._study.directions]
+        names = self._study.metric_names or list(objectives)[: len(there)]
+        if (names, there) != (list(objectives), list(objectives.values())):
+            shown = ", ".join(f"{name}: {direction}" for name, direction in zip(names, there, strict=False))
+            raise self._is_another(f"other objectives ({shown} there)")
+
+    def _check_space(self, distributions: Mapping[str, BaseDistribution]) -> None:
+        """Raises ConfigError if the study has a parameter that was drawn in a way which Optuna does not take for the same."""
+        for name in distributions.keys() & self._distributions.keys():
+            try:
+                check_distribution_compatibility(self._distributions[name], distributions[name])
+            except ValueError as error:
+                raise self._is_another(f"another range of {name} ({str(error).rstrip('.')})") from None
+
+    def _is_another(self, difference: str) -> ConfigError:
+        return ConfigError(
+            f"Optuna has a study {self._study.study_name!r} with {difference}, of another sweep of that name: choose another --name, or "
+            "delete that study with optuna delete-study"
+        )
 
     def _read(self) -> None:
         """Take up what the storage holds."""
         trials = self._study.get_trials(deepcopy=False)
         self._num_trials = len(trials)
         self._known: dict[str, _Known] = {}
+        self._distributions = {name: each for trial in trials for name, each in trial.distributions.items()}
         for trial in trials:
             if _TRIAL in trial.user_attrs:
                 self._remember(trial.user_attrs[_TRIAL], trial.number, trial.state, trial.params, trial.values)
@@ -144,6 +175,7 @@ class OptunaStudy:
         if known is not None:
             self._end(trial, TrialState.FAIL)
         distributions = {name: _SHAPE.get(name) or distribution(space[name]) for name in params}
+        self._check_space(distributions)
         self._add(trial, TrialState.RUNNING, dict(params), distributions, attributes)
         return self._known[trial].number
 
@@ -152,12 +184,15 @@ class OptunaStudy:
         """The point of the new trial `name`, one of about `budget`; `fixed` are trees and depth where they are no choice.
 
         A sampler that learns from results takes up those told so far. The trial is RUNNING from now on. Drawn again, the point is
-        the same.
+        the same, unless it is of an earlier sweep of this name, with another space.
         """
         if name in self._known:
             params = self._study.get_trials(deepcopy=False)[self._known[name].number].params
-            return {path: params[path] for path in space}
+            if all(_lies_in(params, path, distribution(space[path])) for path in space) and fixed.items() <= params.items():
+                return {path: params[path] for path in space}
+            self._end(name, TrialState.FAIL)
         distributions = {**(_SHAPE if fixed else {}), **{path: distribution(dimension) for path, dimension in space.items()}}
+        self._check_space(distributions)
         with _quiet():
             base = make_sampler(self._sampler, derived_seed(self._seed, name), budget)
             self._study.sampler = PartialFixedSampler(dict(fixed), base) if fixed else base
@@ -199,6 +234,10 @@ class OptunaStudy:
         """Objective values told for a trial, None if there are none."""
         known = self._known.get(trial)
         return known.told[-1] if known is not None and known.told else None
+
+    def has_told(self, trial: str, values: list[float]) -> bool:
+        """Whether these objective values were told for a trial; a study that was extended may have given it fewer seeds again."""
+        return trial in self._known and values in self._known[trial].told
 
     def is_pruned(self, trial: str) -> bool:
         return trial in self._known and self._known[trial].state == TrialState.PRUNED
@@ -300,6 +339,13 @@ def distribution(dimension: Dimension) -> BaseDistribution:
         high = dimension.high if dimension.step is None else dimension.values()[-1]
         return FloatDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
     return IntDistribution(dimension.low, dimension.values()[-1], log=dimension.log, step=dimension.step)
+
+
+def _lies_in(params: Mapping[str, Any], path: str, allowed: BaseDistribution) -> bool:
+    try:
+        return path in params and allowed._contains(allowed.to_internal_repr(params[path]))
+    except ValueError:  # of another type, or no choice
+        return False
 
 
 def of_database(error: Exception) -> bool:

@@ -65,6 +65,11 @@ class Studies:
         study = self._of(spec)
         return None if study is None else study.values_of(spec.id)
 
+    def has_told(self, spec: TrialSpec, values: list[float]) -> bool:
+        """Whether these objective values were told for a trial."""
+        study = self._of(spec)
+        return study is not None and study.has_told(spec.id, values)
+
     def of_stratum(self, stratum: str) -> OptunaStudy:
         """The study that draws for a stratum."""
         study = self._reference if stratum == REFERENCE else self._competing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from pydantic import ValidationError
 from fffsweep.pipeline.remote_store import open_store
 from fffsweep.pipeline.stage import Metrics
 from fffsweep.pipeline.store import DamagedArtifact, ForeignManifest, Manifest, Store
+from fffsweep.sweeps.book import ENDED
 from fffsweep.sweeps.config import ConfigError, SweepConfig
-from fffsweep.sweeps.constraints import best_reference, constraint_values
+from fffsweep.sweeps.constraints import RETENTION, best_reference, constraint_values
+from fffsweep.sweeps.decisions import Decisions
 from fffsweep.sweeps.ledger import Ledger
 from fffsweep.sweeps.record import Lease, Record, StageState, TrialState, load, study_folder
-from fffsweep.sweeps.space import REFERENCE
+from fffsweep.sweeps.search import FIXED_IN_ADVANCE
+from fffsweep.sweeps.space import REFERENCE, strata
 
 DONE = ("complete", "reused")
 
@@ -103,13 +107,10 @@ def write_record(config: SweepConfig, folder: Path, trials: list[TrialState], st
 
 def project(config: SweepConfig, trials: list[TrialState], results: Path, store: Store) -> int:
     """Tell MLflow and Optuna everything that can be read of these trials. Returns how much MLflow was not told."""
-
-    def metrics_of(trial: TrialState) -> Metrics | None:
-        manifest = store.find(trial.stages[-1].planned.run.key) if trial.plan.is_whole else None
-        return None if manifest is None else manifest.metrics
-
+    metrics_of = functools.partial(_collected, store)
     references = [metrics_of(trial) for trial in trials if REFERENCE in trial.plan.spec.controls]
     reference = best_reference(metrics for metrics in references if metrics is not None)
+    is_withheld = _is_withheld(config, trials, results, store)
     ledger = Ledger(config, results, store)
     for trial in trials:
         ledger.open_trial(trial)
@@ -122,11 +123,33 @@ def project(config: SweepConfig, trials: list[TrialState], results: Path, store:
             ledger.trial_pruned(trial)
         elif (metrics := metrics_of(trial)) is not None:
             ledger.trial_finished(trial)
-            ledger.tell(trial, constraint_values(config, metrics, reference))
+            if not trial.plan.spec.in_study:
+                ledger.tell(trial, {})
+            elif not is_withheld:
+                ledger.tell(trial, constraint_values(config, metrics, reference))
         elif trial.state == "failed":
             ledger.trial_failed(trial)
     ledger.close()
     return ledger.num_untold
+
+
+def _collected(store: Store, trial: TrialState) -> Metrics | None:
+    """What a trial amounts to, None if it is not known."""
+    manifest = store.find(trial.stages[-1].planned.run.key) if trial.plan.is_whole else None
+    return None if manifest is None else manifest.metrics
+
+
+def _is_withheld(config: SweepConfig, trials: list[TrialState], results: Path, store: Store) -> bool:
+    """Whether Optuna may not learn of finished trials yet: their constraints look at a reference that is still to come."""
+    if not any(RETENTION in text for text in config.constraints):
+        return False
+    references = [trial for trial in trials if REFERENCE in trial.plan.spec.controls]
+    if any(trial.state not in ENDED or (trial.state == "complete" and _collected(store, trial) is None) for trial in references):
+        return True
+    if config.sampler in FIXED_IN_ADVANCE:
+        return False
+    drawn = {each["index"] for each in Decisions(study_folder(results, config.name)).read() if each.get("drawn") == REFERENCE}
+    return len(drawn) < sum(stratum.num_trials or 0 for stratum in strata(config) if stratum.name == REFERENCE)
 
 
 def examine(store: Store, key: str) -> Examined:
@@ -196,7 +219,7 @@ def _check_projections(config: SweepConfig, trials: list[TrialState], results: P
     finished: list[tuple[TrialState, StageState]] = [
         (trial, stage) for trial in trials for stage in trial.stages if store.find(stage.planned.run.key) is not None
     ]
-    problems = Ledger(config, results, store).audit(finished, repair)
+    problems = Ledger(config, results, store).audit(finished, repair, _is_withheld(config, trials, results, store))
     if repair and problems:
         untold = project(config, trials, results, store)
         if untold:

@@ -10,6 +10,7 @@ import torch
 
 from fffsweep.sweeps import optuna_study
 from fffsweep.sweeps.backends import sqlite_url
+from fffsweep.sweeps.config import ConfigError
 from fffsweep.sweeps.optuna_study import OptunaStudy, derived_seed, distribution, draw_in_advance
 from fffsweep.sweeps.search import Search
 
@@ -232,3 +233,43 @@ def test_a_database_that_stays_away_ends_it(url, monkeypatch):
     monkeypatch.setattr(study._study, "add_trial", gone)
     with pytest.raises(optuna.exceptions.StorageInternalError, match="gone"):
         study.open("4x1", {"trees": 4, "depth": 1}, {}, {})
+
+
+def test_a_study_of_that_name_with_other_objectives_is_refused(url):
+    OptunaStudy(url, "s", OBJECTIVES, "tpe")
+    for objectives in ({"quality/avg": "minimize", "ff/cpu/rel_time": "minimize"}, {"quality/avg": "maximize"}, {"a": "maximize"}):
+        with pytest.raises(ConfigError, match=r"study 's' with other objectives \(quality/avg: maximize, .* choose another --name"):
+            OptunaStudy(url, "s", objectives, "tpe")
+    assert OptunaStudy(url, "s", OBJECTIVES, "tpe").values_of("1x8-t0") is None
+
+
+def test_a_point_of_another_space_under_that_name_is_not_taken(url):
+    """The results folder is new, the database is not: the name means a trial of an earlier sweep."""
+    before = OptunaStudy(url, "s", OBJECTIVES, "tpe")
+    before.draw("1x8-t0", 3, {"rate": SPACE["rate"]}, {"trees": 1, "depth": 8})
+    other = Search.model_validate(
+        {"space": {"rate": {"type": "float", "low": 0.5, "high": 0.6, "log": True}, "activation": ["tanh"]}}
+    ).space
+    study = OptunaStudy(url, "s", OBJECTIVES, "tpe")
+    point = study.draw("1x8-t0", 3, other, {"trees": 1, "depth": 8})
+    assert 0.5 <= point["rate"] <= 0.6
+    assert study.draw("1x8-t0", 3, other, {"trees": 1, "depth": 8}) == point
+    assert study.draw("1x8-t0", 3, other, {"trees": 2, "depth": 8}).keys() == point.keys()
+    assert [trial.state.name for trial in trials_of(url)] == ["FAIL", "FAIL", "RUNNING"]
+    assert [trial.params["trees"] for trial in trials_of(url)] == [1, 1, 2]
+    other = Search.model_validate({"space": {"activation": ["tanh", "relu"]}}).space
+    for call in (lambda again: again.draw("1x8-t1", 3, other, {}), lambda again: again.open("1x8-t2", {"activation": "relu"}, other, {})):
+        with pytest.raises(ConfigError, match=r"study 's' with another range of activation \(.*\), of another sweep of that name"):
+            call(OptunaStudy(url, "s", OBJECTIVES, "tpe"))
+    assert len(trials_of(url)) == 3
+
+
+def test_values_that_an_earlier_extent_gave_again_are_known(url):
+    study = OptunaStudy(url, "s", OBJECTIVES, "tpe")
+    study.draw("1x8-t0", 3, SPACE, {})
+    for values in ([1.0, 2.0], [1.5, 2.0], [1.0, 2.0]):  # one seed, two, and one again
+        study.tell("1x8-t0", values)
+    again = OptunaStudy(url, "s", OBJECTIVES, "tpe")
+    assert [again.has_told("1x8-t0", values) for values in ([1.0, 2.0], [1.5, 2.0], [1.2, 2.0])] == [True, True, False]
+    assert not again.has_told("1x8-t1", [1.0, 2.0])
+    assert len(trials_of(url)) == 2

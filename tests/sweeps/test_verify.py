@@ -10,10 +10,11 @@ from mlflow.tracking import MlflowClient
 from fffsweep.cli import main
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps.backends import sqlite_url
-from fffsweep.sweeps.config import ConfigError
+from fffsweep.sweeps.config import ConfigError, SweepConfig
 from fffsweep.sweeps.controller import run_sweep
 from fffsweep.sweeps.plan import make_plan
 from fffsweep.sweeps.record import load, study_folder
+from fffsweep.sweeps.slices import InlineOptions
 from fffsweep.sweeps.verify import verify
 from tests.sweeps.conftest import Heard
 
@@ -60,6 +61,17 @@ def test_lost_projections_are_rebuilt(results):
     assert verify(NAME, results).problems == ()
     (study,) = optuna.get_all_study_summaries(sqlite_url(results / "optuna.db"))
     assert study.n_trials == 2
+
+
+def test_a_record_that_was_cut_off_is_named_and_can_be_written_anew(results, tiny_directory_config):
+    path = study_folder(results, NAME) / "study.json"
+    path.write_text(path.read_text()[:1000])
+    for call in (lambda: verify(NAME, results), lambda: run_sweep(tiny_directory_config, results, Heard(), "inline")):
+        with pytest.raises(ConfigError, match=r"study.json: cut off or overwritten, .*; move it away and run"):
+            call()
+    path.unlink()
+    assert run_sweep(tiny_directory_config, results, Heard(), "inline").num_run == 0
+    assert verify(NAME, results).problems == ()
 
 
 def test_unknown_study(tmp_path):
@@ -113,6 +125,46 @@ def test_a_manifest_that_is_not_what_its_key_says_is_withdrawn(results):
     assert any("is damaged" in problem for problem in verify(NAME, results).problems)
     verify(NAME, results, repair=True)
     assert not store.has(manifest.key)
+
+
+def test_values_whose_constraints_wait_for_the_reference_are_told_when_it_has_come(tiny_directory_config, here):
+    values = tiny_directory_config.resolved()
+    values["stages"].pop("benchmark_cpu")
+    values |= {
+        "layouts": ["1x3"],
+        "controls": ["reference_dense(15)"],
+        "search": {"space": {"stages.finetune.epochs": [1, 2]}},
+        "constraints": ["quality_retention >= 0.9"],
+        "objectives": {"quality/avg": "maximize", "ff/active_width": "minimize"},
+    }
+    config = SweepConfig.model_validate(values)
+    assert run_sweep(config, here, Heard(), "inline", options=InlineOptions(only=("1x3-t0",))).state == "stopped"
+    assert verify(NAME, here).problems == ()
+    (here / "optuna.db").unlink()
+    assert verify(NAME, here).problems == ()
+    assert verify(NAME, here, repair=True).problems == ()
+    assert run_sweep(config, here, Heard(), "inline").state == "complete"
+    assert verify(NAME, here).problems == ()
+
+    def told():
+        (competing, references) = (
+            optuna.load_study(study_name=name, storage=sqlite_url(here / "optuna.db")) for name in (NAME, f"{NAME} (reference_dense)")
+        )
+        assert all(not trial.constraints for trial in references.trials)
+        assert len(references.trials) == len(competing.trials) == 2
+        return {trial.user_attrs["fffsweep.trial"]: (trial.values, trial.constraints) for trial in competing.trials}
+
+    before, quality = told(), {}
+    for trial in load(study_folder(here, NAME))["trials"]:
+        quality[trial["id"]] = Store(here / "store").get(trial["collect_key"]).metrics["quality/avg"]
+    best = max(quality[f"reference_dense{end}"] for end in ("", "-t0", "-t1"))
+    for name, (values, constraints) in before.items():
+        assert values[0] == quality[name]
+        assert constraints == {"quality_retention >= 0.9": pytest.approx(0.9 - quality[name] / best)}
+    (here / "optuna.db").unlink()
+    verify(NAME, here, repair=True)
+    assert verify(NAME, here).problems == ()
+    assert told() == before
 
 
 @pytest.mark.parametrize("where", ["study", "manifest"])
