@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +85,9 @@ def import_results(folder: Path, results: Path) -> Imported:
     studies = {name: stored for name, record in records.items() if (stored := load(record)) is not None}
     for name, stored in studies.items():
         check_extends(config_of(stored, records[name]), load(study_folder(results, name)))
-    leases = [Lease(study_folder(results, name)) for name in studies]
+    leases: list[Lease] = []
     try:
+        leases.extend(Lease(study_folder(results, name)) for name in studies)
         source, target = Store(folder / "store"), open_store(results / "store")
         names = {name: _names_of(stored, records[name], study_folder(results, name)) for name, stored in studies.items()}
         problems: list[str] = []
@@ -108,11 +110,12 @@ def import_results(folder: Path, results: Path) -> Imported:
                 num_new += 1
             else:
                 num_known += 1
-        for name, stored in studies.items():
-            _merge_study(name, stored, records[name], results, target, names[name])
+        untold = {name: _merge_study(name, stored, records[name], results, target, names[name]) for name, stored in studies.items()}
     finally:
         for lease in leases:
             lease.release()
+    if mend := [f"fffsweep verify {shlex.quote(name)} --repair" for name, number in untold.items() if number]:
+        raise ConfigError(f"all is imported, but MLflow was not told of {sum(untold.values())} runs: {' and '.join(mend)} tells them")
     renamed = [
         f"{name}: trial {there} of there is {here} here, where that name is another point's"
         for name, both in names.items()
@@ -131,7 +134,8 @@ def _trials_of(stored: dict[str, Any] | None) -> list[TrialState]:
     return [TrialState.from_json(trial) for trial in stored["trials"]] if stored else []
 
 
-def _merge_study(name: str, stored: dict[str, Any], there: Path, results: Path, store: Store, names: Names) -> None:
+def _merge_study(name: str, stored: dict[str, Any], there: Path, results: Path, store: Store, names: Names) -> int:
+    """Returns how many runs MLflow was not told of."""
     folder = study_folder(results, name)
     ours = load(folder)
     config = config_of(ours or stored, folder)
@@ -149,8 +153,7 @@ def _merge_study(name: str, stored: dict[str, Any], there: Path, results: Path, 
             trial.state = "waiting"
     untold = project(config, trials, results, store)
     write_record(config, folder, trials, store, float((ours or stored)["created_at"]))
-    if untold:
-        raise ConfigError(f"MLflow was not told of {untold} runs of {name!r}; fffsweep verify {name!r} --repair tells them")
+    return untold
 
 
 def _examined(source: Store, key: str, sums: dict[str, str]) -> tuple[Manifest | None, list[str]]:

@@ -44,6 +44,19 @@ def test_a_whole_results_folder_is_merged(swept, here):
     assert verify(NAME, here).problems == ()
 
 
+def test_a_server_that_is_gone_keeps_no_study_from_being_imported(swept, here, tmp_path, monkeypatch):
+    there = shutil.copytree(swept, tmp_path / "there")
+    other = study_folder(there, "another one")
+    shutil.copytree(study_folder(there, NAME), other)
+    (other / "study.json").write_text((other / "study.json").read_text().replace(f'"name": "{NAME}"', '"name": "another one"'))
+    monkeypatch.setattr("fffsweep.sweeps.import_results.project", lambda *arguments: 3)
+    expected = "not told of 6 runs: fffsweep verify 'another one' --repair and fffsweep verify tiny-directory --repair tells them"
+    with pytest.raises(ConfigError, match=expected):
+        import_results(there, here)
+    for name in (NAME, "another one"):
+        assert {trial.state for trial in load_study(here, name).trials} == {"complete"}
+
+
 def test_weights_may_stay_behind(swept, exported, here):
     imported = import_results(exported, here)
     assert imported.problems == ()
