@@ -244,7 +244,7 @@ def verify_study(
     from fffsweep.sweeps.verify import verify
 
     found = verify(name_of(study), results, repair)
-    print("\n".join(found.problems) or f"{found.num_stage_runs} stage runs, {found.num_artifacts} artifacts: all sound")
+    print("\n".join(found.problems) or found.sound)
     if repair and not found.num_left:
         _publish(_view(study, results))
     num_mended = len(found.problems) - found.num_left

@@ -29,6 +29,7 @@ DONE = ("complete", "reused")
 class Findings:
     """What was found: problems, a line each; whether they were mended; how much was looked at.
 
+    num_stage_runs: those with a result. num_artifacts: those whose bytes should be here; num_absent were left behind elsewhere.
     num_left: problems that no repair mends: results of another version, or that could not be reached.
     """
 
@@ -36,7 +37,14 @@ class Findings:
     repaired: bool
     num_stage_runs: int
     num_artifacts: int
+    num_absent: int = 0
     num_left: int = 0
+
+    @property
+    def sound(self) -> str:
+        """What is said where there are no problems."""
+        absent = f"; {self.num_absent} artifacts were left behind where they were made" if self.num_absent else ""
+        return f"{self.num_stage_runs} finished stage runs, {self.num_artifacts} artifacts: all sound{absent}"
 
 
 class Examined(NamedTuple):
@@ -65,14 +73,14 @@ def verify(name: str, results: Path, repair: bool = False) -> Findings:
         store = open_store(results / "store")
         trials = [TrialState.from_json(trial) for trial in stored["trials"]]
         keys = list(dict.fromkeys(stage.planned.run.key for trial in trials for stage in trial.stages))
-        problems, num_left, num_artifacts = _check_store(store, keys, repair)
+        problems, counts = _check_store(store, keys, repair)
         problems += _check_record(trials, store, over=stored["state"] != "running")
         problems += _check_projections(config, trials, results, store, repair)
         if repair and problems:
             write_record(config, folder, trials, store, stored["created_at"])
     finally:
         lease.release()
-    return Findings(tuple(problems), repair, len(keys), num_artifacts, num_left)
+    return Findings(tuple(problems), repair, counts["runs"], counts["artifacts"], counts["absent"], counts["left"])
 
 
 def config_of(stored: dict[str, Any], folder: Path) -> SweepConfig:
@@ -181,21 +189,21 @@ def examine(store: Store, key: str) -> Examined:
     return Examined(manifest, problems, bool(problems))
 
 
-def _check_store(store: Store, keys: list[str], repair: bool) -> tuple[list[str], int, int]:
-    """Problems, how many of them no repair mends, and how many artifacts there are."""
+def _check_store(store: Store, keys: list[str], repair: bool) -> tuple[list[str], Counter[str]]:
+    """Problems; and how many results there are, how many artifacts here and absent, how many results no repair mends."""
     problems: list[str] = []
-    num_left = num_artifacts = 0
-    for key in keys:
-        if not store.has(key):
-            continue
+    counts = Counter[str]()
+    for key in filter(store.has, keys):
         found = examine(store, key)
         problems += found.problems
-        num_artifacts += len(found.manifest.artifacts) if found.manifest else 0
+        artifacts = list(found.manifest.artifacts.values()) if found.manifest else []
+        num_absent = sum(artifact.absent for artifact in artifacts)
+        counts.update(runs=1, absent=num_absent, artifacts=len(artifacts) - num_absent)
         if found.problems and not found.is_damaged:
-            num_left += 1
+            counts["left"] += 1
         elif found.problems and repair:
             store.forget(key)
-    return problems, num_left, num_artifacts
+    return problems, counts
 
 
 def _check_record(trials: list[TrialState], store: Store, over: bool) -> list[str]:

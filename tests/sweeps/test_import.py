@@ -7,6 +7,7 @@ import optuna
 import pytest
 from mlflow.tracking import MlflowClient
 
+from fffsweep.dashboards.choice import ChoiceError, export_trial
 from fffsweep.dashboards.queries import load_study
 from fffsweep.pipeline.store import AbsentArtifact, Store
 from fffsweep.sweeps.backends import sqlite_url
@@ -62,7 +63,14 @@ def test_weights_may_stay_behind(swept, exported, here):
     assert imported.problems == ()
     assert imported.num_absent > 0
     assert figures(here) == figures(swept)
-    assert verify(NAME, here).problems == ()
+    found = verify(NAME, here)
+    assert found.problems == ()
+    assert found.num_absent == imported.num_absent
+    assert f"{imported.num_absent} artifacts were left behind" in found.sound
+    view = load_study(here, NAME)
+    with pytest.raises(ChoiceError, match="left behind where it was made; import it with its weights"):
+        export_trial(view, view.finished[0].id, here / "model")
+    assert not (here / "model").exists()
     store = Store(here / "store")
     pretrain = next(m for m in map(store.get, store.keys()) if m.run.stage == "pretrain")
     assert pretrain.artifacts["model/model.safetensors"].absent
@@ -70,6 +78,7 @@ def test_weights_may_stay_behind(swept, exported, here):
         store.read(pretrain, "model/model.safetensors")
     assert store.read(pretrain, "curve.jsonl").exists()
     import_results(swept, here)  # now with them
+    assert verify(NAME, here).num_absent == 0
     assert store.read(store.get(pretrain.key), "model/model.safetensors").exists()
 
 
