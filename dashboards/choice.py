@@ -19,7 +19,7 @@ from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, S
 from fffsweep.dashboards.trial import Estimate, TrialView
 from fffsweep.pipeline.export import check_free, export, finetuned, stored_task
 from fffsweep.pipeline.settings import canonical_json
-from fffsweep.pipeline.store import Manifest
+from fffsweep.pipeline.store import AbsentArtifact, Manifest
 from fffsweep.pipeline.tasks import Task, nearest_first
 from fffsweep.sweeps import statistics as stats
 from fffsweep.sweeps.backends import mlflow_uri
@@ -64,8 +64,11 @@ def export_trial(view: StudyView, trial_id: str, folder: Path, task: str | None 
     """Write a trial's model to `folder` as a Hugging Face directory. Raises ChoiceError, ExportError, ValueError for an unknown trial."""
     check_free(folder)
     trial = view.trial(trial_id)
-    trained, meant = _trained(view, trial, task, replicate)
-    return export(view.store, trained, folder, {"study": view.name, "trial": trial.id, "replicate": replicate}, meant)
+    try:
+        trained, meant = _trained(view, trial, task, replicate)
+        return export(view.store, trained, folder, {"study": view.name, "trial": trial.id, "replicate": replicate}, meant)
+    except AbsentArtifact as error:
+        raise ChoiceError(f"trial {trial.id!r}: {error}") from None
 
 
 def _trained(view: StudyView, trial: TrialView, task: str | None, replicate: int) -> tuple[Manifest, Task | None]:
