@@ -60,12 +60,14 @@ def _visible(figure: Figure) -> list[dict[str, Any]]:
 
 def _draw(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[Path]:
     import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
     with plt.rc_context(_STYLE):
         drawn, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         layout, traces = figure.spec["layout"], _visible(figure)
         shades = [value for trace in traces for value in _shades(trace)]
-        scale = plt.cm.ScalarMappable(plt.Normalize(min(shades), max(shades)), "cividis") if shades else None
+        scale = ScalarMappable(Normalize(min(shades), max(shades)), "cividis") if shades else None
         for trace in traces:
             _trace(axes, trace, scale)
         if scale is not None:
