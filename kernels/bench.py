@@ -307,7 +307,10 @@ def _line(case: Case, best: dict[str, Any] | None) -> str:
     if best is None:
         return head + "no verified implementation"
     noisy = ", noisy" if best["noisy"] else ""
-    told = f"{best['implementation']} {best['ns_per_token']:,.0f} ns a token, {best['speedup_vs_torch_dense']:.1f}x torch dense float32"
+    over = "no verified torch dense float32"
+    if best["speedup_vs_torch_dense"] is not None:
+        over = f"{best['speedup_vs_torch_dense']:.1f}x torch dense float32"
+    told = f"{best['implementation']} {best['ns_per_token']:,.0f} ns a token, {over}"
     alike = f", {best['speedup_vs_best_dense']:.1f}x {best['best_dense']}" if best["best_dense"] else ", no dense layer of the dtype"
     return head + told + alike + noisy
 

@@ -157,7 +157,7 @@ def _table_row(row: Row) -> str:
     cells = [str(row[key]) for key in ("layout", "hidden", "tokens", "dtype", "threads", "mode", "direction", "implementation")]
     cells += [
         f"{row['ns_per_token']:,.0f} ({row['q20']:,.0f}-{row['q80']:,.0f})",
-        f"{row['speedup_vs_torch_dense']:.1f}x",
+        "-" if row["speedup_vs_torch_dense"] is None else f"{row['speedup_vs_torch_dense']:.1f}x",
         f"{row['speedup_vs_best_dense']:.1f}x {row['best_dense']}" if row["best_dense"] else "-",
         "-" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.0%}",
         str(row["path_flips"]),

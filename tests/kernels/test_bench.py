@@ -119,6 +119,20 @@ def test_results_are_named_by_machine_and_date(tmp_path, capsys) -> None:
     assert str(table) in capsys.readouterr().out
 
 
+def test_a_yardstick_that_fails_the_gate_is_told(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:
+    wrong = registry.Implementation("torch_dense", "dense", lambda weights: lambda x: x + 1)
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (registry.find("gather"), wrong))
+    files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
+    assert bench.main(["--layout", "1x2", "--hidden", "8", "--tokens", "4", "--min-time", "0.01", *files]) == 0
+    assert "no verified torch dense float32, no dense layer of the dtype" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["implementation"], row["verified"], row["speedup_vs_torch_dense"]) for row in rows] == [
+        ("gather", True, None),
+        ("torch_dense", False, None),
+    ]
+    assert "| - | - |" in (tmp_path / "a.md").read_text()
+
+
 def test_a_case_without_a_verified_implementation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = registry.Implementation("wrong", "cmm", lambda weights: lambda x: x + 1)
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", (wrong, registry.find("torch_dense")))
