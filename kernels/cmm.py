@@ -31,7 +31,7 @@ def cmm(
     kernels take float32 and bfloat16, Triton's float16 too; both accumulate in float32.
     Gradients are those of the hard-routed layer, none through the decisions; a NaN logit goes left and makes the output NaN.
     `implementation` forces an entry of `fffsweep.kernels.registry`; by default `choose` takes one. Thread-safe.
-    Raises ValueError that names the argument that does not fit, NotImplementedError where native kernels meet a second derivative or
+    Raises ValueError that names the argument that does not fit, NotImplementedError where kernels of its own meet a second derivative or
     forward-mode differentiation.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """

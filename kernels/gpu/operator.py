@@ -109,6 +109,13 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *unused: Any) -> tuple[Tensor | 
     return (grad_x, grad_in, None if tensors[2] is None else grad_bias, grad_out, *none)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "cmm: its gradients were differentiated, and Triton's kernels have no second derivative: "
+        "expected one backward pass alone, or implementation='masked', which has them all"
+    )
+
+
 for _name, _kernel, _shape in (
     ("cmm", _infer, _infer_shape),
     ("cmm_train", _train, _train_shape),
@@ -118,3 +125,4 @@ for _name, _kernel, _shape in (
         LIBRARY.impl(_name, _kernel, _device)
     torch.library.register_fake(f"fffsweep_gpu::{_name}", _shape, lib=LIBRARY)
 torch.library.register_autograd("fffsweep_gpu::cmm_train", _gradients, setup_context=_keep, lib=LIBRARY)
+torch.library.register_autograd("fffsweep_gpu::cmm_backward", _no_second_derivative, lib=LIBRARY)

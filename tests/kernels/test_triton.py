@@ -190,6 +190,14 @@ def test_operators_keep_torch_s_contract() -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    weights, x = layer("1x2", 16), tokens(3, 16).requires_grad_()
+    y = registry.find("triton").prepare(weights)(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), x)
+
+
 def test_every_kernel_compiles_for_a_device_that_is_not_here() -> None:
     """By Triton's own compiler and assembler, as launched for 1x11 at hidden 768: within its registers and shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
