@@ -234,7 +234,7 @@ def test_a_row_whose_number_cannot_be_known_is_refused(corpus, tmp_path):
 
 def test_rows_left_out_do_not_shift_the_numbers_of_others(corpus, tmp_path, tuned):
     folder = schema(shutil.copytree(corpus / "corpus", tmp_path / "data" / "corpus").parent, [])
-    write_jsonl(folder / "rte" / "validation.jsonl", [{**ROW, "label": 0}, {**ROW, "sentence1": "", "label": 0}, {**ROW, "label": 1}])
+    write_jsonl(folder / "rte" / "validation.jsonl", [{**ROW, "label": 0}, {**ROW, "sentence1": None, "label": 0}, {**ROW, "label": 1}])
     for part in (0, 1):
         (folder / "rte" / f"test-0000{part}.jsonl").unlink()
     data, _ = prepared(folder, tmp_path / "run", ["rte"], validation_share=0.2)

@@ -67,7 +67,7 @@ def test_a_record_that_was_cut_off_is_named_and_can_be_written_anew(results, tin
     path = study_folder(results, NAME) / "study.json"
     path.write_text(path.read_text()[:1000])
     for call in (lambda: verify(NAME, results), lambda: run_sweep(tiny_directory_config, results, Heard(), "inline")):
-        with pytest.raises(ConfigError, match=r"study.json: cut off or overwritten, .*; move it away and run"):
+        with pytest.raises(ConfigError, match=r"study.json: damaged .*, cut off or overwritten; move it away and run"):
             call()
     path.unlink()
     assert run_sweep(tiny_directory_config, results, Heard(), "inline").num_run == 0
