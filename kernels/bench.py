@@ -16,7 +16,7 @@ from torch import Tensor
 from fffsweep.kernels import bench_report, registry, timing
 from fffsweep.kernels.gate import candidates
 from fffsweep.kernels.layer import LayerWeights, random_layer
-from fffsweep.kernels.measure import DENSE_TOKENS, DTYPES, FAR_BEHIND, Contender, batches_of, contenders, num_batches
+from fffsweep.kernels.measure import DENSE_TOKENS, DTYPES, FAR_BEHIND, Contender, as_used, batches_of, contenders, num_batches
 from fffsweep.kernels.shape import TreeShape, parse_layout
 
 SCHEMA = 1
@@ -229,7 +229,8 @@ def run_case(
             timed |= _contenders(case, "dense", dense, source, dense_tokens, each, seed, slow=compiled)
         fast = [name for role in ("cmm", "dense") for name in _fast({n: e for n, e in timed.items() if e["role"] == role})]
         load = timing.load()
-        series = timing.interleave({name: timed[name]["contender"].call for name in fast}, min_time_s=min_time_s) if fast else {}
+        with as_used(case.direction):
+            series = timing.interleave({name: timed[name]["contender"].call for name in fast}, min_time_s=min_time_s) if fast else {}
     rows = [_row(case, entry, series.get(name), load) for name, entry in timed.items()]
     return bench_report.compare(rows)
 

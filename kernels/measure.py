@@ -104,14 +104,16 @@ def compare_layers(
             if not quick:
                 reasons = "; ".join(f"{each.name}: {each.verdict.reason}" for each in found)
                 raise RuntimeError(f"no implementation of the {side} {weights.shape.layout} passed the gate: {reasons}")
-            fast, once = timing.shortlist(quick)
-            series = {name: timing.summarise([seconds]) for name, seconds in once.items()}
-            series |= timing.interleave({name: quick[name] for name in fast}, min_time_s=min_time_s / 8, min_rounds=3)
+            with as_used(direction):
+                fast, once = timing.shortlist(quick)
+                series = {name: timing.summarise([seconds]) for name, seconds in once.items()}
+                series |= timing.interleave({name: quick[name] for name in fast}, min_time_s=min_time_s / 8, min_rounds=3)
             calls[side] = min(series, key=lambda name: series[name].median_s), quick
             told = (row_of(each.implementation, each.verdict, series.get(each.name), tokens, each.left_out) for each in found)
             rows += [{"side": side} | row for row in told]
         chosen = {side: quick[name] for side, (name, quick) in calls.items()}
-        final = timing.interleave(chosen, min_time_s=min_time_s, min_rounds=7)
+        with as_used(direction):
+            final = timing.interleave(chosen, min_time_s=min_time_s, min_rounds=7)
     return comparison(final, {side: name for side, (name, _) in calls.items()}, rows, tokens, load)
 
 
@@ -209,14 +211,21 @@ def num_batches(tokens: int, hidden: int) -> int:
     return next((count for count in (1009, 499, 251, 127, 61, 31, 13, 7, 5) if count * tokens * hidden <= 12 << 20), 1)
 
 
+def as_used(direction: str) -> torch.inference_mode:
+    """The mode in which calls in this direction are timed: entered once for many, as it would cost one token as much as its walk."""
+    return torch.inference_mode(direction == "forward")
+
+
 def layer_call(
     implementation: Implementation, copies: Sequence[LayerWeights], batches: Sequence[Tensor], direction: str = "forward"
 ) -> Callable[[], object]:
-    """A call of no arguments that runs the layer once: each time on the next copy of its weights, and on the next batch."""
+    """A call of no arguments that runs the layer once: each time on the next copy of its weights, and on the next batch.
+
+    Time it under `as_used`.
+    """
     if direction == "train":
         return _training_call(implementation, copies, batches)
     layers, tokens = cycle([implementation.prepare(each) for each in copies]), cycle(batches)
-    # no inference mode: entered anew by each call it takes as long as a token's walk, and nothing here asks for gradients
     return lambda: next(layers)(next(tokens))
 
 
