@@ -19,7 +19,7 @@ from fffsweep.kernels.gate import passes
 from fffsweep.kernels.gpu import availability, timing
 from fffsweep.kernels.gpu.deadline import Deadline, OutOfTime
 from fffsweep.kernels.layer import LayerWeights, random_layer
-from fffsweep.kernels.measure import layer_call
+from fffsweep.kernels.measure import as_used, layer_call
 from fffsweep.kernels.registry import Implementation
 from fffsweep.kernels.shape import TreeShape, parse_layout
 
@@ -114,7 +114,8 @@ def run_case(layout: str, hidden: int, tokens: int, dtype: str, direction: str, 
             rows.append({"layout": layout, "hidden": hidden, "tokens": tokens, "direction": direction} | row)
             if call is not None:
                 calls[len(rows) - 1] = call
-    _time(rows, calls, tokens, options)
+    with as_used(direction):
+        _time(rows, calls, tokens, options)
     gathered = next((row["ns_per_token"] for row in rows if row["implementation"] == "gather"), None)
     for row in rows:
         row |= _floor(row, sides[row["role"]].shape)
@@ -143,7 +144,8 @@ def _gated(
         row |= {"verified": verdict.verified, "path_flips": verdict.path_flips, "worst": verdict.worst, "reason": verdict.reason}
         call = layer_call(each, [weights], [x], direction) if verdict.verified else None
         if call is not None:
-            row["once_s"] = timing.once(call)
+            with as_used(direction):
+                row["once_s"] = timing.once(call)
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a baseline that does not run here is a row, not the end
         return row | {"verified": False, "path_flips": 0, "worst": None, "reason": str(error)[:500], "once_s": None}, None
     return row, call

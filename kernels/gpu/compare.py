@@ -12,7 +12,7 @@ from fffsweep.kernels import timing as host
 from fffsweep.kernels.gate import gate
 from fffsweep.kernels.gpu import timing
 from fffsweep.kernels.layer import LayerWeights
-from fffsweep.kernels.measure import Comparison, comparison, draw, layer_call, row_of
+from fffsweep.kernels.measure import Comparison, as_used, comparison, draw, layer_call, row_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Clock = Callable[[dict[str, timing.Call], str, float], dict[str, host.Series]]
@@ -55,7 +55,8 @@ def compare_on_gpu(
                 series = None
                 if verdict.verified and not (each.bits8 or each.tf32):
                     call = layer_call(each, [weights.to(kind).on(device)], [x.to(device, kind)])
-                    series = clock({each.name: call}, mode, min_time_s / 8)[each.name]
+                    with as_used("forward"):
+                        series = clock({each.name: call}, mode, min_time_s / 8)[each.name]
                     timed[each.name] = series.median_s, call
                 rows.append({"side": side} | row_of(each, verdict, series, tokens))
             if not timed:
@@ -63,7 +64,8 @@ def compare_on_gpu(
                 raise RuntimeError(f"no implementation of the {side} {weights.shape.layout} passed the gate: {told}")
             name = min(timed, key=lambda each: timed[each][0])
             best[side] = name, timed[name][1]
-        final = clock({side: call for side, (_, call) in best.items()}, mode, min_time_s)
+        with as_used("forward"):
+            final = clock({side: call for side, (_, call) in best.items()}, mode, min_time_s)
     finally:
         torch.set_float32_matmul_precision(precision)
     return comparison(final, {side: name for side, (name, _) in best.items()}, rows, tokens, load)
