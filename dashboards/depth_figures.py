@@ -72,8 +72,7 @@ def quality_by_depth(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figur
         Figure(
             "quality-depth",
             "Quality against depth",
-            "Is depth worth anything? Each dense_active control has as many neurons in all as its layout uses for one token. "
-            "Dashed: no feedforward layers.",
+            "Is depth worth anything? Each dense_active control has as many neurons in all as its layout uses for one token.",
             {"data": data, "layout": layout},
         ),
     )
@@ -96,8 +95,7 @@ def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -
         Figure(
             "quality-active-width",
             "Quality against active width",
-            "Layouts above the dense_active controls at the same place gain from having more neurons than they use. "
-            "Dashed: no feedforward layers.",
+            "Layouts above the dense_active controls at the same place gain from having more neurons than they use.",
             {"data": data, "layout": layout},
         ),
     )
@@ -115,6 +113,8 @@ def _finish(view: StudyView, metric: str, groups: dict[str, list[TrialView]], fi
     entry, line = level(none, metric, "")
     layout |= line
     figure.spec["data"].extend(entry)
+    if entry:
+        figure = replace(figure, caption=f"{figure.caption} Dashed: no feedforward layers.")
     shown = [trial for group in groups.values() for trial in group] + ([none] if none else [])
     figure.rows.extend(trial_rows(view, [metric], shown))
     baseline = view.reference.value(BASELINE[metric]) if view.reference and metric in BASELINE else None

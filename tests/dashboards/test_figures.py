@@ -89,6 +89,13 @@ def test_the_printed_front_is_the_study_s_own(single, tmp_path):
     assert "pareto.svg" not in written, "no trial has both objectives: an empty picture says nothing"
 
 
+def test_a_caption_speaks_of_no_line_that_is_not_there(whole, results, evil):
+    without = load_study(results, evil)
+    for of in (depth_figures.quality_by_depth, depth_figures.quality_by_active_width):
+        assert "Dashed: no feedforward layers." in of(whole).caption
+        assert "Dashed" not in of(without).caption
+
+
 def test_quality_figures_hold_the_measured_values(whole):
     for drawn in (depth_figures.quality_by_depth(whole), depth_figures.quality_by_active_width(whole)):
         trials = [trace for trace in drawn.spec["data"] if "customdata" in trace]
