@@ -83,7 +83,7 @@ wheel: setup-dev
 	@ls dist
 
 clean:
-	rm -rf .venv build dist *.egg-info kernels/_native.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # --- set-up -------------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ $(STAMPS)/packages: $(STAMPS)/torch pyproject.toml
 	@touch $@
 
 $(STAMPS)/native: $(STAMPS)/torch pyproject.toml $(NATIVE)
-	@rm -f kernels/_native.so
+	@rm -f kernels/*.so
 	$(call step,native kernels,FFFSWEEP_REQUIRE_NATIVE=1 $(PIP) --no-deps --no-build-isolation --editable .)
 	@touch $@
 

@@ -66,7 +66,7 @@ def _processor() -> Iterator[Finding]:
 
 
 def _native() -> Iterator[Finding]:
-    from fffsweep.kernels.library import best_isa, why_missing
+    from fffsweep.kernels.library import best_isa, is_called_directly, why_missing
 
     reason = why_missing()
     yield Finding(
@@ -75,6 +75,8 @@ def _native() -> Iterator[Finding]:
         reason is None,
         advice=f"CMM falls back to a portable form, many times slower: {reason}",
     )
+    if reason is None and not is_called_directly():
+        yield Finding("native calls", "through torch.ops, 5 us more a call: built without the headers of this Python (python3-dev)")
 
 
 def _space(results: Path) -> Iterator[Finding]:

@@ -111,6 +111,7 @@ def provenance(arguments: list[str]) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "isa": None if library.why_missing() else library.best_isa(),
+        "called_directly": library.is_called_directly(),
         "platform": platform.platform(),
     }
 

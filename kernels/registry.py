@@ -68,8 +68,8 @@ def _native(isa: str | None) -> Implementation:
 
     def prepare(weights: LayerWeights) -> Layer:
         activation = ACTIVATIONS[weights.activation].code
-        operator, arguments = torch.ops.fffsweep.cmm, (weights.w_in, weights.b_in, weights.w_out, weights.shape.levels, activation, code)
-        return lambda x: operator(x, *arguments)
+        arguments = (weights.w_in, weights.b_in, weights.w_out, weights.shape.levels, activation, code)
+        return lambda x: library.operator(x, *arguments)
 
     def paths(weights: LayerWeights, x: Tensor) -> Tensor:
         arguments = (weights.w_in.detach(), None if weights.b_in is None else weights.b_in.detach(), weights.w_out.detach())
