@@ -44,6 +44,11 @@ def flags_of_sources() -> dict[str, list[str]]:
 class BuildNative(build_ext):
     """Compiles and links `_native.so`, which is no Python module, so its name carries no interpreter version, and `_binding`."""
 
+    def finalize_options(self) -> None:
+        """All sources of both at once."""
+        super().finalize_options()
+        self.parallel = self.parallel or 2
+
     def get_ext_filename(self, fullname: str) -> str:
         """Path below the build root."""
         return str(Path(*fullname.split("."))) + ".so" if fullname.endswith("_native") else str(super().get_ext_filename(fullname))
