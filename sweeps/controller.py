@@ -28,7 +28,7 @@ from fffsweep.sweeps.limits import check_fits_here
 from fffsweep.sweeps.patience import Patience, patient
 from fffsweep.sweeps.ray_executor import RayExecutor
 from fffsweep.sweeps.ready import ReadyRuns
-from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, load, study_folder
+from fffsweep.sweeps.record import Lease, Record, TrialState, check_extends, check_writable, durations, left_out, load, study_folder
 from fffsweep.sweeps.slices import InlineOptions, Remainder, Slice
 from fffsweep.sweeps.stopping import ATTEMPT, catching_signals, clear_flags, stop_flag
 from fffsweep.sweeps.strategy import Changes, SearchTrials, Strategy
@@ -114,7 +114,7 @@ class Controller:
         self._patience = Patience(listener.say)
         self._files = open_store(results / "store")
         self._store = patient(self._files, self._patience)
-        self._record = Record(folder, config, [])
+        self._record, self._stored = Record(folder, config, []), stored
         if stored is not None:
             self._record.created_at = float(str(stored["created_at"]))
         self._device, self._slice = options.device, Slice(options, self._store) if options.is_part else None
@@ -142,6 +142,8 @@ class Controller:
         reused = sum(self._book.state(key) == "reused" for key in self._book)
         if reused:
             self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
+        if gone := left_out(self._config, self._stored, self._book):
+            self._listener.say(gone)
         self._draw(1)
         if not self._book.is_over():
             with catching_signals(self._stop, lambda: self._stopping):

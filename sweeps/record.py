@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -172,6 +172,25 @@ def check_extends(config: SweepConfig, stored: dict[str, Any] | None) -> None:
             f"study {config.name!r} exists with another config ({shown}{more}); a study may only grow in {', '.join(EXTENDS)}: "
             f"choose another --name, such as --name {config.name}-2"
         )
+
+
+def left_out(config: SweepConfig, stored: dict[str, Any] | None, keys: Iterable[str]) -> str | None:
+    """What to say if the record has finished stage runs that a grid no longer asks for: it got smaller, or its stages another version."""
+    grows = config.search is not None or config.early_stopping is not None or config.seeds.most > config.seeds.fewest
+    if stored is None or grows:  # what such a sweep asks for shows in its course
+        return None
+    asked = set(keys)
+    gone = {
+        trial["id"]: sum(stage["key"] not in asked for stage in trial["stages"] if stage["state"] in ("complete", "reused"))
+        for trial in stored["trials"]
+    }
+    if not any(gone.values()):
+        return None
+    of = ", ".join(f"{trial} ({number})" for trial, number in gone.items() if number)
+    return (
+        f"no longer in the study: {sum(gone.values())} finished stage runs, of {of}; they stay in the store, "
+        "and a config that asks for them again finds them"
+    )
 
 
 def check_writable(results: Path) -> None:

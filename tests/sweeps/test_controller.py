@@ -66,6 +66,17 @@ def test_going_on_reads_few_manifests(tmp_path, monkeypatch):
     }
 
 
+def test_a_smaller_grid_says_what_it_no_longer_asks_for(tmp_path):
+    _, first, _ = drive(tmp_path)
+    _, smaller, record = drive(tmp_path, layouts=("4x1",))
+    outcome, whole, _ = drive(tmp_path)
+    assert [trial["id"] for trial in record["trials"]] == ["4x1"]
+    assert outcome.num_reused == 7
+    said = [[line for line in listener.lines if "no longer in the study" in line] for listener in (first, smaller, whole)]
+    assert said[0] == said[2] == []
+    assert "3 finished stage runs, of 2x2 (3); they stay in the store" in said[1][0]
+
+
 def test_a_result_that_was_removed_is_made_again_whatever_the_record_says(tmp_path):
     drive(tmp_path)
     store = Store(tmp_path / "store")

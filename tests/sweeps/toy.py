@@ -14,6 +14,7 @@ from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.settings import Settings
 from fffsweep.pipeline.stage import Resources, StageRun
 from fffsweep.sweeps.backends import sqlite_url
+from fffsweep.sweeps.blocks import Seeds
 from fffsweep.sweeps.controller import Controller
 from fffsweep.sweeps.graph import PlannedStage, TrialPlan
 from fffsweep.sweeps.limits import StageLimits
@@ -116,7 +117,8 @@ class ToySweep(SimpleNamespace):
 
 
 def drive(tmp_path, layouts=("4x1", "2x2"), retries=1, options=InlineOptions(), strategy=None, **limits):
-    config = ToySweep(search=None, sampler="grid", name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
+    grid = {"search": None, "sampler": "grid", "seeds": Seeds(), "early_stopping": None}
+    config = ToySweep(**grid, name="toy study", description="", objectives=OBJECTIVES, retries=retries, limits=limits)
     folder = study_folder(tmp_path, config.name)
     lease = Lease(folder)
     try:
