@@ -70,6 +70,7 @@ LABELS = {
     REL_TIME: "relative time of the feedforward layer",
     "ff/cpu/ns_per_token": "feedforward layer, ns a token",
     "mlm/validation_loss": "held-out MLM loss, nats",
+    "distill/unexplained": "held-out error of a conversion, share of the variance",
 }
 _MANY = 200  # points; beyond, error bars are drawn on the front alone
 _LABELLED = 14

@@ -259,7 +259,7 @@ def _commands(view: StudyView, trial: TrialView) -> dict[str, str]:
 
 
 def _importance(metric: str) -> tuple[int, str]:
-    first = ("quality/", "glue/", "task/", REL_TIME, "ff/cpu/ns_per_token", "mlm/", "tree/")
+    first = ("quality/", "glue/", "task/", REL_TIME, "ff/cpu/ns_per_token", "mlm/", "distill/unexplained", "tree/")
     return next((place for place, start in enumerate(first) if metric.startswith(start)), len(first)), metric
 
 
@@ -284,7 +284,7 @@ def _compared(view: StudyView, chosen: Sequence[TrialView]) -> list[list[str]]:
     if len(chosen) < 2:
         return []
     shared = set.intersection(*(set(trial.averages) for trial in chosen))
-    main = ("quality/", "task/", "glue/", "mlm/validation", "tree/")
+    main = ("quality/", "task/", "glue/", "mlm/validation", "distill/unexplained", "tree/")
     names = sorted(name for name in shared if name.startswith(main) or name in (REL_TIME, "ff/cpu/ns_per_token"))
     names = [name for name in names if "baseline" not in name]
     names.sort(key=lambda name: name != QUALITY)

@@ -125,6 +125,12 @@ def test_comparing_trials_whose_replicates_do_not_differ_shows_no_star(alike):
     assert not [cell for row in table for cell in row if "p < " in cell or "*" in cell]
 
 
+def test_conversions_are_compared_by_what_they_leave_unexplained_too(whole, monkeypatch):
+    monkeypatch.setattr(TrialView, "averages", {QUALITY: 80.0, "distill/unexplained": 0.2, "distill/tokens": 300.0})
+    table = compare_page(whole, Query({"trial": ["512x0", "1x8"]}))["metrics"]
+    assert [row[0] for row in table] == [QUALITY, "distill/unexplained"]
+
+
 def test_picks_satisfy_their_constraint(whole):
     floor = 0.96 * whole.reference.metrics[QUALITY]
     fastest, best, _ = picks(whole, whole.finished, 0.96)
