@@ -140,14 +140,14 @@ class Controller:
         self._adopt(changes)
         self._save(force=True)
         reused = sum(self._book.state(key) == "reused" for key in self._book)
-        if reused:
-            self._listener.say(f"reused {reused} of {len(self._book)} stage runs from {self._store.root}")
-        if gone := left_out(self._config, self._stored, self._book):
-            self._listener.say(gone)
+        known = f"reused {reused} of {len(self._book)} stage runs from {self._store.root}" if reused else None
+        for line in filter(None, (known, left_out(self._config, self._stored, self._book))):
+            self._listener.say(line)
         self._draw(1)
         if not self._book.is_over():
             with catching_signals(self._stop, lambda: self._stopping):
                 self._drive()
+            self._store.tidy()  # of runs, too, whose process was killed after it published their result
         for trial in self._record.trials:
             if trial.state == "running":  # begun, and nothing runs any more
                 trial.state = "waiting"

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from fffsweep.pipeline import execute
 from fffsweep.pipeline.execute import KeyBusy
 from fffsweep.pipeline.stage import StopRequested
 from fffsweep.pipeline.store import Store
 from fffsweep.sweeps import executors
 from fffsweep.sweeps.config import ConfigError
+from fffsweep.sweeps.controller import Controller
 from fffsweep.sweeps.limits import StageLimits
 from fffsweep.sweeps.record import Lease, check_extends, load, study_folder
 from tests.sweeps.toy import Toy, drive, empty_database, plans_of, results, runs_of, toys
@@ -49,6 +51,18 @@ def test_work_that_a_killed_process_left_of_a_finished_run_is_cleared(tmp_path):
         (work / "attempt-1" / "output").mkdir(parents=True)
     drive(tmp_path)
     assert (finished.exists(), other.exists()) == (False, True)
+
+
+def test_work_of_a_process_that_was_killed_in_the_course_of_the_sweep_is_cleared_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
+    left = []
+    end = Controller._save
+    monkeypatch.setattr(Controller, "_save", lambda self, **how: left.append(len(list(work.iterdir()))) or end(self, **how))
+    work = tmp_path / "store" / "work"
+    work.mkdir(parents=True)
+    drive(tmp_path)
+    assert max(left) > 0
+    assert list(work.iterdir()) == []
 
 
 def test_going_on_reads_few_manifests(tmp_path, monkeypatch):
