@@ -76,7 +76,7 @@ def _native() -> Iterator[Finding]:
         advice=f"CMM falls back to a portable form, many times slower: {reason}",
     )
     if reason is None and not is_called_directly():
-        yield Finding("native calls", "through torch.ops, 5 us more a call: built without the headers of this Python (python3-dev)")
+        yield Finding("native calls", "through torch.ops, 4 us more a call: built without the headers of this Python (python3-dev)")
 
 
 def _space(results: Path) -> Iterator[Finding]:

@@ -62,7 +62,8 @@ def _native(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: 
     It checks whatever memory depends on, in little of the time that `check_call` needs to say what is wrong: more than one token's walk.
     """
     try:
-        if x.is_cpu and shape.depth and w_in.size(0) == shape.trees and library.why_missing() is None:
+        on_cpu = x.is_cpu and w_in.is_cpu and w_out.is_cpu and (b_in is None or b_in.is_cpu)  # on `meta` would be a call for shapes
+        if on_cpu and shape.depth and w_in.size(0) == shape.trees and library.why_missing() is None:
             return library.operator(x, w_in, b_in, w_out, shape.levels, ACTIVATIONS[activation].code)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         pass  # the checks that follow name the argument, and what the operator raises for another reason it raises again

@@ -48,7 +48,7 @@ operator = _operator()  # fffsweep::cmm for eager calls, arguments by position; 
 
 
 def is_called_directly() -> bool:
-    """Whether eager calls save the 5 us that torch's own way from Python to an operator takes."""
+    """Whether eager calls save the 4 us that torch's own way from Python to an operator takes."""
     return operator is not _by_torch
 
 

@@ -186,10 +186,10 @@ def left_out(config: SweepConfig, stored: dict[str, Any] | None, keys: Iterable[
     }
     if not any(gone.values()):
         return None
-    of = ", ".join(f"{trial} ({number})" for trial, number in gone.items() if number)
+    of = [f"{trial} ({number})" for trial, number in gone.items() if number]
     return (
-        f"no longer in the study: {sum(gone.values())} finished stage runs, of {of}; they stay in the store, "
-        "and a config that asks for them again finds them"
+        f"no longer in the study: {sum(gone.values())} finished stage runs, of {', '.join(of[:8])}{', ...' if len(of) > 8 else ''}; "
+        "they stay in the store, and a config that asks for them again finds them"
     )
 
 
