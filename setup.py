@@ -16,7 +16,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/native")
-PYTHON_HEADERS = sysconfig.get_paths()["include"]
 COMMON_FLAGS = [
     *["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"],
     # vector types in internal signatures; GCC 12's own intrinsics start from an undefined register
@@ -79,7 +78,7 @@ class BuildNative(build_ext):
             tasks = [(name, [*of_torch, *openmp], include_paths()) for name in ("operator.cpp", "operator_int8.cpp")]
             tasks += [(name, [*COMMON_FLAGS, *flags], []) for name, flags in flags_of_sources().items()]
         else:
-            tasks = [("binding.cpp", of_torch, [*include_paths(), PYTHON_HEADERS])]
+            tasks = [("binding.cpp", of_torch, include_paths())]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
             objects = [name for compiled in pool.map(lambda task: self._compile(*task), tasks) for name in compiled]
         target = Path(self.get_ext_fullpath(ext.name))
@@ -101,7 +100,7 @@ class BuildNative(build_ext):
 
 def has_python_headers() -> bool:
     """Whether this Python came with its headers; Debian has them in a package of their own."""
-    return Path(PYTHON_HEADERS, "Python.h").exists()
+    return Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 NATIVE_FILES = sorted(str(path) for pattern in ("*.cpp", "*.h") for path in SOURCES.glob(pattern))

@@ -190,6 +190,14 @@ def test_doctor_fails_where_something_essential_is_missing(command, monkeypatch)
     assert "--executor inline" in ray
 
 
+def test_doctor_says_how_native_calls_become_direct(command, monkeypatch):
+    monkeypatch.setattr("fffsweep.kernels.library.is_called_directly", lambda: False)
+    (line,) = [line for line in command("doctor").splitlines() if "native calls" in line]
+    assert line.startswith("note")
+    assert "through torch.ops" in line
+    assert "python3-dev" in line
+
+
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     for function, error in ((lambda: json.loads("{"), json.JSONDecodeError), (lambda: {}["absent"], KeyError)):
         monkeypatch.setattr("fffsweep.sweeps.schema.sweep_schema", function)
