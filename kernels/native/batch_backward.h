@@ -196,7 +196,7 @@ struct TreeBackward {
       for (int n = 0; n < 3 && level + n < levels; ++n)
         for (int t = 0; t < count; ++t) {
           const int i = t * levels + level + n;
-          grad[i] = found[n * count + t] * slope[i];
+          grad[i] = found[n * kBlock + t] * slope[i];
           grad_by_level[(level + n) * kBlock + t] = grad[i];
           hidden_by_level[(level + n) * kBlock + t] = hidden[i];
         }

@@ -13,7 +13,11 @@ constexpr int kBlock = 4;
 #endif
 constexpr int kAheadRows = 4;  // rows that are prefetched meanwhile
 
-CMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Rows of 16-bit elements come into the first-level cache, where they fit beside the tokens of a call and its rows; wider ones into the second.
+template <class E>
+CMM_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, sizeof(typename E::type) == 2 ? 3 : 2);
+}
 
 // One multiply-accumulate step on `kStep` elements of rows of types X and W.
 template <class X, class W>
@@ -67,7 +71,11 @@ CMM_INLINE void reduce(const vf (&sums)[N], float (&out)[N]) {
     }
     __m512 both = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
     both = _mm512_add_ps(_mm512_shuffle_f32x4(both, both, 0x88), _mm512_shuffle_f32x4(both, both, 0xdd));
-    _mm512_mask_storeu_ps(out + first, (__mmask16)((1u << (N - first < kGroup ? N - first : kGroup)) - 1), both);
+    // a masked store cannot be forwarded to the loads that wait for it
+    if (first + kGroup <= N)
+      _mm256_storeu_ps(out + first, _mm512_castps512_ps256(both));
+    else
+      _mm512_mask_storeu_ps(out + first, (__mmask16)((1u << (N - first)) - 1), both);
   }
 #elif defined(__AVX2__)
   constexpr int kGroup = 4;
@@ -110,7 +118,7 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
   CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) sums[i] = S::none();
   int64_t i = 0;
   for (; i + S::kStep * kLineStep <= hidden; i += S::kStep * kLineStep) {
-    CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch(later[r] + i * sizeof(typename X::type));
+    CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch<X>(later[r] + i * sizeof(typename X::type));
     CMM_UNROLL for (int u = 0; u < kLineStep; ++u) {
       const int64_t at = i + u * S::kStep;
       typename S::in row[kNodes];

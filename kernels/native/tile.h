@@ -10,6 +10,15 @@ namespace CMM_ISA {
 constexpr int kTile = 128;  // 128 rows of 3 KB stay in a second-level cache with the rows of the top levels
 constexpr int kMaxLevels = 31;
 
+// A number for each token of a block.
+typedef float vb __attribute__((vector_size(kBlock * 4)));
+typedef int32_t vi __attribute__((vector_size(kBlock * 4)));
+CMM_INLINE vb block_at(const float* p) {
+  vb a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+
 // Weights of one tree.
 template <class W>
 struct Tree {
@@ -27,8 +36,8 @@ struct Tree {
         hidden(layer.hidden),
         levels(layer.levels) {}
   float bias(int64_t node) const { return b_in ? W::Bias::scalar(b_in[node]) : 0.0f; }
-  // Logit of a dot product `found` of row `node` with a token of scale `x_scale`.
-  CMM_INLINE float logit(float found, int64_t node, float bias, float x_scale) const {
+  // Logits of dot products `found` of row `node` with tokens of scales `x_scale`.
+  CMM_INLINE vb logit(vb found, int64_t node, float bias, vb x_scale) const {
     if constexpr (W::kScaled) return found * (scale_in[node] * x_scale) + bias;
     return found + bias;
   }
@@ -82,8 +91,15 @@ __attribute__((noinline)) void dots_of(const typename X::type* const* x, const t
                                        const char* const* ahead, float* logits) {
   float out[kNodes * T];
   dots<kNodes, T, X, W>(x, nodes, hidden, ahead, out);
-  memcpy(logits, out, sizeof out);
+  CMM_UNROLL for (int n = 0; n < kNodes; ++n) memcpy(logits + n * kBlock, out + n * T, T * sizeof *out);
 }
+
+// Four counters below 2**16 in one register, by key.
+struct Quarters {
+  uint64_t all = 0;
+  CMM_INLINE void add(int key, int n = 1) { all += (uint64_t)n << (16 * key); }
+  CMM_INLINE int of(int key) const { return (int)(all >> (16 * key) & 0xffff); }
+};
 
 // One pass over the groups of a tile: logits of one level, or of two (a node and both children for all its tokens: a third of
 // the work goes unused, and the tokens are read half as often). Regroups the tokens; a final pass groups them by their leaf.
@@ -102,7 +118,7 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
     const typename W::type* family[3] = {tree.w_in + node * tree.hidden};
     if (kPass == 2) family[1] = tree.w_in + left * tree.hidden, family[2] = family[1] + tree.hidden;
     const float bias[3] = {tree.bias(node), kPass == 2 ? tree.bias(left) : 0.0f, kPass == 2 ? tree.bias(left + 1) : 0.0f};
-    int32_t counts[4] = {};
+    Quarters counts;
     for (int at = group.begin; at < group.end; at += kBlock) {
       const int count = group.end - at < kBlock ? group.end - at : kBlock;
       const typename X::type* x[kBlock];
@@ -116,33 +132,45 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       } else {
         ahead.take(rows, kAheadRows, family[0]);
       }
-      float found[3 * kBlock];
+      float found[3 * kBlock] = {};
       with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, family, tree.hidden, rows, found); });
+      const uint8_t* tokens = tile.order + at;
+      vb x_scale = {}, upper, lower = {};
+      for (int t = 0; W::kScaled && t < count; ++t) x_scale[t] = tile.x_scale[tokens[t]];
+      // whole vectors, whatever the count: which way a token goes cannot be predicted, so nothing may branch on it
+      upper = tree.logit(block_at(found), node, bias[0], x_scale);
+      vi right = upper > 0.0f, keys = {};
+      if (kPass == 2) {
+        const vb l = tree.logit(block_at(found + kBlock), left, bias[1], x_scale);
+        const vb r = tree.logit(block_at(found + 2 * kBlock), left + 1, bias[2], x_scale);
+        lower = right ? r : l;
+        keys = final ? -right : -2 * right - (lower > 0.0f);
+      } else if (!final) {
+        keys = -right;
+      }
       for (int t = 0; t < count; ++t) {
-        const int token = tile.order[at + t];
+        const int token = tokens[t];
         float* logits = tile.logits[token] + level;
-        const float x_scale = W::kScaled ? tile.x_scale[token] : 1.0f;
-        logits[0] = tree.logit(found[t], node, bias[0], x_scale);
-        int key = logits[0] > 0.0f;
-        if (kPass == 2) {
-          logits[1] = tree.logit(found[count * (1 + key) + t], left + key, bias[1 + key], x_scale);
-          if (!final) key = 2 * key + (logits[1] > 0.0f);
-        } else if (final) {
-          key = 0;
-        }
-        tile.key[token] = (uint8_t)key;
-        ++counts[key];
+        logits[0] = upper[t];
+        if (kPass == 2) logits[1] = lower[t];
+        tile.key[token] = (uint8_t)keys[t];
+        counts.add(keys[t]);
       }
     }
     // a final pass of one level stays at its node, any other goes to a child, or after two levels to a grandchild
     const int64_t first = kPass == 1 && final ? node : (kPass == 2 && !final ? 4 * node + 3 : left);
-    int32_t begin[4], at = group.begin;
-    for (int key = 0; key < 4; ++key) {
-      begin[key] = at;
-      if (counts[key]) next[num_next++] = {(int32_t)(first + key), at, at + counts[key]};
-      at += counts[key];
+    Quarters place;
+    for (int key = 0, at = group.begin; key < 4; ++key) {
+      const int count = counts.of(key);
+      place.add(key, at);
+      if (count) next[num_next++] = {(int32_t)(first + key), at, at + count};
+      at += count;
     }
-    for (int i = group.begin; i < group.end; ++i) order[begin[tile.key[tile.order[i]]]++] = tile.order[i];
+    for (int i = group.begin; i < group.end; ++i) {
+      const int key = tile.key[tile.order[i]];
+      order[place.of(key)] = tile.order[i];
+      place.add(key);
+    }
   }
   memcpy(tile.order, order, tile.size);
   memcpy(tile.groups, next, num_next * sizeof(Group));
@@ -204,8 +232,10 @@ void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, int stride, type
       if constexpr (W::kScaled)
         for (int i = group.begin; i < group.end; ++i) hidden[tile.order[i] * stride + level] *= tree.scale_out[node];
     }
-    for (int at = group.begin; at < group.end; at += kBlock) {
-      const int count = group.end - at < kBlock ? group.end - at : kBlock;
+    // even shares: of few tokens the multiply-adds wait for one another
+    const int all = group.end - group.begin, blocks = (all + kBlock - 1) / kBlock;
+    for (int block = 0, at = group.begin, count; block < blocks; ++block, at += count) {
+      count = all * (block + 1) / blocks - all * block / blocks;
       typename Y::type* out[kBlock];
       const char* later[kAheadRows];
       if (scattered && g + 1 < tile.num_groups) {
