@@ -86,6 +86,7 @@ CMM_INLINE void with_count(int count, F f) {
   }
 }
 
+// logits[n * kBlock + t] = x[t] . nodes[n], whatever T.
 template <int kNodes, int T, class X, class W>
 __attribute__((noinline)) void dots_of(const typename X::type* const* x, const typename W::type* const* nodes, int64_t hidden,
                                        const char* const* ahead, float* logits) {
@@ -135,11 +136,12 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       float found[3 * kBlock] = {};
       with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, family, tree.hidden, rows, found); });
       const uint8_t* tokens = tile.order + at;
-      vb x_scale = {}, upper, lower = {};
+      vb x_scale = {}, lower = {};
       for (int t = 0; W::kScaled && t < count; ++t) x_scale[t] = tile.x_scale[tokens[t]];
       // whole vectors, whatever the count: which way a token goes cannot be predicted, so nothing may branch on it
-      upper = tree.logit(block_at(found), node, bias[0], x_scale);
-      vi right = upper > 0.0f, keys = {};
+      const vb upper = tree.logit(block_at(found), node, bias[0], x_scale);
+      const vi right = upper > 0.0f;
+      vi keys = {};
       if (kPass == 2) {
         const vb l = tree.logit(block_at(found + kBlock), left, bias[1], x_scale);
         const vb r = tree.logit(block_at(found + 2 * kBlock), left + 1, bias[2], x_scale);
