@@ -231,8 +231,8 @@ class Store:
 
 
 def is_weight(name: str) -> bool:
-    """Whether an artifact is what makes a result large: tensors, or prepared text."""
-    return name.endswith((".safetensors", ".pt", ".arrow"))
+    """Whether an artifact is what makes a result large: tensors, recorded activations among them, or prepared text."""
+    return name.endswith((".safetensors", ".pt", ".arrow", ".npy"))
 
 
 def parsed(content: bytes, key: str, where: Path | str) -> Manifest:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fffsweep.pipeline.stage import StageRun
-from fffsweep.pipeline.store import DamagedArtifact, Store
+from fffsweep.pipeline.store import DamagedArtifact, Store, is_weight
 
 
 @pytest.fixture
@@ -124,3 +124,8 @@ def test_the_key_is_the_hash_of_one_json_text():
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert run.again(5, hashed["inputs"]).key == hashlib.sha256(text.encode()).hexdigest()[:40]
     assert run.again(5, hashed["inputs"]) == replace(run, seed=5, inputs=hashed["inputs"])
+
+
+@pytest.mark.parametrize(("name", "large"), [("train/inputs-0.npy", True), ("model/model.safetensors", True), ("curve.jsonl", False)])
+def test_recorded_activations_stay_behind_like_weights(name, large):
+    assert is_weight(name) is large
