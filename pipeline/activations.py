@@ -47,9 +47,9 @@ class Recorded:
         """Length of an activation."""
         return int(self._layers[0][0].shape[1])
 
-    def layer(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs [rows, hidden] of one layer."""
-        inputs, outputs = (torch.from_numpy(each[rows].astype(np.float32)) for each in self._layers[index])
+    def layer(self, index: int, rows: slice, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Inputs and outputs [rows, hidden] of one layer, on `device`, where they become float32: half as much is carried there."""
+        inputs, outputs = (torch.from_numpy(each[rows].copy()).to(device).float() for each in self._layers[index])
         return inputs, outputs
 
 

@@ -134,18 +134,18 @@ class Distillation:
         epoch, place = divmod(self.at.step, blocks)
         block = int(epoch_order(blocks, self.context.seed, epoch)[place])
         rows = slice(block * self.rows, (block + 1) * self.rows)
-        total = 0.0
+        losses = []
         for index in range(len(self.layers)):
             loss = self._unexplained(index, self.train_rows, rows) / len(self.layers)
-            total += float(loss.detach())
+            losses.append(loss.detach())
             penalty = auxiliary_loss(self.layers[index])
             (loss if penalty is None else loss + penalty).backward()
         optimisation.apply_gradients(self.layers, self.optimizer, rate, None)
-        return total
+        return sum(map(float, losses))  # asked for last: a GPU is then waited for once
 
     def _unexplained(self, index: int, recorded: Recorded, rows: slice) -> Tensor:
         """Squared error of one layer over the variance of its targets."""
-        x, target = (each.to(self.context.device) for each in recorded.layer(index, rows))
+        x, target = recorded.layer(index, rows, self.context.device)
         ids = torch.from_numpy(recorded.token_ids[rows].astype(np.int64)).to(self.context.device)
         error: Tensor = (self.layers[index](x, ids) - target).square().mean() / self.variances[index]
         return error
