@@ -75,7 +75,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
     write_data(folder)
     path = folder / "sent.yaml"
-    text = CONFIG.replace("PATH", str(folder)).replace("steps: 4,", "steps: 400, checkpoint_minutes: 0.01,")
+    text = CONFIG.replace("PATH", str(folder)).replace("steps: 4,", "steps: 6000, checkpoint_minutes: 0.01,")
     path.write_text(text.replace("name: tiny-directory", "name: sent over"))
     return path
 
