@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fffsweep.dashboards import formats
-from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, load_study
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, load_study
 from fffsweep.dashboards.trial import Estimate, TrialView
 from fffsweep.pipeline.export import check_free, export, finetuned, stored_task
 from fffsweep.pipeline.settings import canonical_json
@@ -29,7 +29,7 @@ from fffsweep.sweeps.record import load
 
 SCHEMA = "fffsweep.pick/1"
 _ALIAS = re.compile(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,80}", re.IGNORECASE)
-_JUDGED = (QUALITY, QUALITY_VALIDATION, REL_TIME)
+_JUDGED = (QUALITY, QUALITY_VALIDATION, REL_TIME, GPU_REL_TIME)
 
 
 class ChoiceError(ValueError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fffsweep.dashboards import paper
-from fffsweep.dashboards.queries import QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, with_interval
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.pareto import front as non_dominated
@@ -68,7 +68,9 @@ LABELS = {
     QUALITY: "quality (selection rows, x 100)",
     QUALITY_VALIDATION: "quality (validation splits, x 100)",
     REL_TIME: "relative time of the feedforward layer",
+    GPU_REL_TIME: "relative time of the feedforward layer on a GPU",
     "ff/cpu/ns_per_token": "feedforward layer, ns a token",
+    "ff/gpu/ns_per_token": "feedforward layer on a GPU, ns a token",
     "mlm/validation_loss": "held-out MLM loss, nats",
     "distill/unexplained": "held-out error of a conversion, share of the variance",
 }

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from fffsweep.dashboards import depth_figures, figures, formats, paper, picking, report, speed_figures, tables, training_figures
 from fffsweep.dashboards.figures import Figure
 from fffsweep.dashboards.picks import picks
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, REL_TIME, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
 from fffsweep.dashboards.trial import FINISHED, TrialView
 from fffsweep.dashboards.verdicts import KEPT, claims, decidability
@@ -23,6 +23,7 @@ from fffsweep.sweeps.constraints import RETENTION, parse_constraint
 
 PAGE_ROWS = 100
 MARKS = {"complete": "✓", "reused": "=", "running": "▶", "failed": "✗", "waiting": "·", "pruned": "✂", "paused": "⏸"}
+_SPEED = (REL_TIME, "ff/cpu/ns_per_token", GPU_REL_TIME, "ff/gpu/ns_per_token")
 MOST_COMPARED = 6
 
 
@@ -259,7 +260,7 @@ def _commands(view: StudyView, trial: TrialView) -> dict[str, str]:
 
 
 def _importance(metric: str) -> tuple[int, str]:
-    first = ("quality/", "glue/", "task/", REL_TIME, "ff/cpu/ns_per_token", "mlm/", "distill/unexplained", "tree/")
+    first = ("quality/", "glue/", "task/", *_SPEED, "mlm/", "distill/unexplained", "tree/")
     return next((place for place, start in enumerate(first) if metric.startswith(start)), len(first)), metric
 
 
@@ -285,7 +286,7 @@ def _compared(view: StudyView, chosen: Sequence[TrialView]) -> list[list[str]]:
         return []
     shared = set.intersection(*(set(trial.averages) for trial in chosen))
     main = ("quality/", "task/", "glue/", "mlm/validation", "distill/unexplained", "tree/")
-    names = sorted(name for name in shared if name.startswith(main) or name in (REL_TIME, "ff/cpu/ns_per_token"))
+    names = sorted(name for name in shared if name.startswith(main) or name in _SPEED)
     names = [name for name in names if "baseline" not in name]
     names.sort(key=lambda name: name != QUALITY)
     gaps = {(name, trial.id): view.difference(trial, chosen[0], name) for name in names for trial in chosen[1:]}

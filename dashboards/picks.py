@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, StudyView
 from fffsweep.dashboards.summary import number
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.constraints import RETENTION
@@ -26,14 +26,14 @@ def picks(view: StudyView, trials: Sequence[TrialView], share: float) -> list[Pi
 
     All of them keep the study's constraints, save that `share` takes the place of the one on kept quality.
     """
-    timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(REL_TIME, 0) > 0 and _is_allowed(view, trial)]
+    timed = [trial for trial in trials if QUALITY in trial.metrics and trial.metrics.get(view.rel_time, 0) > 0 and _is_allowed(view, trial)]
     if not timed or view.reference is None:
         return []
     enough = [trial for trial in timed if (kept := view.retention(trial)) and kept.value >= share]
     keeping = [trial for trial in timed if not view.violated(trial)]
-    fastest = pick(_values(enough), [True, False], 1) if enough else None
-    best = pick(_values(timed), [True, False], 0)
-    bend = knee(_values(keeping), [True, False], log=[False, True]) if keeping else None
+    fastest = pick(_values(view, enough), [True, False], 1) if enough else None
+    best = pick(_values(view, timed), [True, False], 0)
+    bend = knee(_values(view, keeping), [True, False], log=[False, True]) if keeping else None
     name = f"Fastest that keeps {100 * share:g} % of the dense quality"
     none = "no trial keeps so much on the seeds that it shares with the reference; lower the share, or widen the filters"
     return [
@@ -43,8 +43,8 @@ def picks(view: StudyView, trials: Sequence[TrialView], share: float) -> list[Pi
     ]
 
 
-def _values(trials: Sequence[TrialView]) -> list[list[float]]:
-    return [[trial.metrics[QUALITY], trial.metrics[REL_TIME]] for trial in trials]
+def _values(view: StudyView, trials: Sequence[TrialView]) -> list[list[float]]:
+    return [[trial.metrics[QUALITY], trial.metrics[view.rel_time]] for trial in trials]
 
 
 def _is_allowed(view: StudyView, trial: TrialView) -> bool:
@@ -57,7 +57,8 @@ def _pick(view: StudyView, name: str, trials: Sequence[TrialView], index: int | 
     trial = trials[index]
     kept = view.retention(trial)
     said = [f"quality {number(trial.metrics[QUALITY])}" + (f" ({100 * kept.value:.1f} % of dense)" if kept else "")]
-    said.append(f"layer {1 / trial.metrics[REL_TIME]:.2f}x as fast as the dense reference")
+    where = " on a GPU" if view.rel_time == GPU_REL_TIME else ""
+    said.append(f"layer {1 / trial.metrics[view.rel_time]:.2f}x as fast as the dense reference{where}")
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     holds = view.chance_kept(trial, share)
     if chance is None or holds is None:

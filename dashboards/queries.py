@@ -28,7 +28,7 @@ from fffsweep.sweeps.record import load, study_folder
 QUALITY, QUALITY_VALIDATION = "quality/avg", "quality/validation_avg"
 BASELINE = {QUALITY: "quality/baseline_avg", QUALITY_VALIDATION: "quality/baseline_validation_avg"}
 REL_TIME, GPU_REL_TIME = "ff/cpu/rel_time", "ff/gpu/rel_time"
-_POINT = re.compile(r"ff/cpu/(\d+)_(\w+?)_(\d+)t_(\w+)/rel_time")
+_POINT = re.compile(r"(?P<prefix>ff/[cg]pu/(?P<tokens>\d+)_(?P<dtype>[a-z]+\d+)(_(?P<threads>\d+)t)?_(?P<mode>[a-z]+))/rel_time")
 _NO_SUCH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 T = TypeVar("T")
 
@@ -39,13 +39,17 @@ class StudyNotFound(ValueError):
 
 @dataclass(frozen=True)
 class Point:
-    """One benchmark point of the layer timings."""
+    """One benchmark point of the layer timings; its metrics are `prefix/...`, and `threads` is None on a GPU."""
 
-    label: str
+    prefix: str
     tokens: int
     dtype: str
-    threads: int
+    threads: int | None
     mode: str
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.threads is None
 
 
 @dataclass(frozen=True)
@@ -251,8 +255,17 @@ class StudyView:
         """Benchmark points that some trial was timed at, by tokens."""
         names = set[str]().union(*(trial.averages.keys() for trial in self.finished))
         found = [match for name in names if (match := _POINT.fullmatch(name))]
-        points = [Point(match[0].split("/")[2], int(match[1]), match[2], int(match[3]), match[4]) for match in found]
-        return sorted(points, key=lambda point: (point.mode, point.dtype, point.threads, point.tokens))
+        points = [
+            Point(match["prefix"], int(match["tokens"]), match["dtype"], int(match["threads"]) if match["threads"] else None, match["mode"])
+            for match in found
+        ]
+        return sorted(points, key=lambda point: (point.mode, point.dtype, point.threads or 0, point.tokens))
+
+    @cached_property
+    def rel_time(self) -> str:
+        """The relative time of the layer that trials are chosen by: an objective's, else the CPU's, or the GPU's if only that was timed."""
+        timed = [name for name in (REL_TIME, GPU_REL_TIME) if any(name in trial.metrics for trial in self.finished)]
+        return next((name for name in self.objectives if name in timed), (*timed, REL_TIME)[0])
 
     @cached_property
     def progress(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 import fffsweep
 from fffsweep.dashboards import depth_figures, figures, formats, print_figures, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
-from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, REL_TIME, StudyView
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
 from fffsweep.dashboards.tables import paper_speed_table, paper_table, task_table
 from fffsweep.dashboards.trial import TrialView
@@ -175,9 +175,12 @@ def report_figures(view: StudyView) -> list[Figure]:
 def tiles(view: StudyView) -> list[tuple[str, str, str]]:
     """Name, value and remark of the figures at the top."""
     front, progress = view.front(), view.progress
-    timed = next((name for name in (REL_TIME, GPU_REL_TIME) if any(name in trial.metrics for trial in view.finished)), REL_TIME)
     fastest = max(
-        ((1 / time, trial) for trial in view.finished if trial.in_study and trial.variant == "fff" and (time := trial.value(timed))),
+        (
+            (1 / time, trial)
+            for trial in view.finished
+            if trial.in_study and trial.variant == "fff" and (time := trial.value(view.rel_time))
+        ),
         key=lambda pair: pair[0],
         default=None,
     )
@@ -191,7 +194,7 @@ def tiles(view: StudyView) -> list[tuple[str, str, str]]:
         whole = with_interval(view.reference.estimate(QUALITY), 1)
         shown.append(("dense quality", whole.partition(" ")[0], f"{whole.partition(' ')[2]} reference_dense, selection rows".strip()))
     if fastest:
-        where = " on a GPU" if timed == GPU_REL_TIME else ""
+        where = " on a GPU" if view.rel_time == GPU_REL_TIME else ""
         shown.append(("fastest tree layer", f"{fastest[0]:.1f}x", f"{fastest[1].id}, over the dense reference{where}"))
     return shown
 

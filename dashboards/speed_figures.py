@@ -9,23 +9,28 @@ from fffsweep.dashboards.queries import Point, StudyView
 from fffsweep.dashboards.trial import TrialView
 
 _MANY_TRIALS = 60  # beyond, lines through the layouts would only blur
-_TITLES = {"cold": "Speed-up against depth, weights from memory", "hot": "Speed-up against depth, weights in the cache"}
+_TITLES = {  # on a GPU?, mode
+    (False, "cold"): "Speed-up against depth, weights from memory",
+    (False, "hot"): "Speed-up against depth, weights in the cache",
+    (True, "cold"): "Speed-up against depth on a GPU, its caches overwritten",
+    (True, "hot"): "Speed-up against depth on a GPU, again and again",
+}
 
 
 def speedups(view: StudyView) -> list[Figure]:
-    """Speed-up of the layer at every benchmark point, a figure for cold and one for hot weights; those that were timed."""
-    found = (_speedup(view, mode) for mode in _TITLES)
+    """Speed-up of the layer at every benchmark point, a figure each for cold and hot weights, on a CPU and on a GPU; those timed."""
+    found = (_speedup(view, on_gpu, mode) for on_gpu, mode in _TITLES)
     return [figure for figure in found if figure is not None]
 
 
-def _speedup(view: StudyView, mode: str) -> Figure | None:
+def _speedup(view: StudyView, on_gpu: bool, mode: str) -> Figure | None:
     trials = [trial for trial in view.finished if trial.in_study and trial.shape is not None]
     trials = sorted(trials, key=lambda trial: (trial.shape.depth, trial.shape.trees) if trial.shape else (0, 0))
     data: list[Spec] = []
     roofs: list[Spec] = []
     rows = []
-    for index, point in enumerate(point for point in view.points if point.mode == mode):
-        timed = [trial for trial in trials if trial.metrics.get(f"ff/cpu/{point.label}/rel_time")]
+    for index, point in enumerate(point for point in view.points if (point.on_gpu, point.mode) == (on_gpu, mode)):
+        timed = [trial for trial in trials if trial.metrics.get(f"{point.prefix}/rel_time")]
         if not timed:
             continue
         trace = _speed_trace(timed, point, index)
@@ -45,8 +50,11 @@ def _speedup(view: StudyView, mode: str) -> Figure | None:
         "Trained weights and real activations, best verified implementation, median times interleaved with the reference. "
         "The limit counts multiplications alone: reference width over active width. "
     )
-    caption += _about_roofline(mode) if roofs else _NO_ROOFLINE
-    return Figure(f"speedup-{mode}", _TITLES[mode], caption, {"data": data + roofs, "layout": layout}, rows, 440)
+    if not on_gpu:  # no peaks of a GPU are measured
+        caption += _about_roofline(mode) if roofs else _NO_ROOFLINE
+    return Figure(
+        f"speedup-{'gpu-' * on_gpu}{mode}", _TITLES[on_gpu, mode], caption.strip(), {"data": data + roofs, "layout": layout}, rows, 440
+    )
 
 
 _NO_ROOFLINE = "No roofline: the machine's peaks were not measured when these layers were timed; run the sweep again to have them."
@@ -61,7 +69,7 @@ def _about_roofline(mode: str) -> str:
 
 def roofline(trial: TrialView, point: Point) -> float | None:
     """Speed-up over the reference, as it was timed, that the machine's peaks allow; None where they were not measured."""
-    least, reference = (trial.metrics.get(f"ff/cpu/{point.label}/{name}") for name in ("roofline_ns_per_token", "reference_ns_per_token"))
+    least, reference = (trial.metrics.get(f"{point.prefix}/{name}") for name in ("roofline_ns_per_token", "reference_ns_per_token"))
     return reference / least if least and reference else None
 
 
@@ -83,7 +91,7 @@ def _name(point: Point) -> str:
 
 
 def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
-    speeds = [1 / trial.metrics[f"ff/cpu/{point.label}/rel_time"] for trial in timed]
+    speeds = [1 / trial.metrics[f"{point.prefix}/rel_time"] for trial in timed]
     joined = len(timed) <= _MANY_TRIALS
     return {
         "type": "scatter",
@@ -99,7 +107,7 @@ def _speed_trace(timed: Sequence[TrialView], point: Point, index: int) -> Spec:
 
 
 def _threads(point: Point) -> str:
-    return "" if point.threads == 1 else f", {point.threads} threads"
+    return "" if point.threads in (None, 1) else f", {point.threads} threads"
 
 
 def _facts(point: Point) -> dict[str, object]:

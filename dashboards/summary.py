@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fffsweep.dashboards.queries import BASELINE, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
+from fffsweep.dashboards.queries import BASELINE, GPU_REL_TIME, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView
 from fffsweep.dashboards.trial import Estimate, TrialView
 from fffsweep.sweeps.statistics import CONFIDENCE, confidence_reached
 
@@ -43,11 +43,13 @@ COLUMNS = (
     Column("retention_time", "kept % (time)", "quality over that of reference_dense on the same seeds, at matched training time"),
     Column("rel_time", "rel. time", "ff/cpu/rel_time: time of the feedforward layer over the reference dense layer's"),
     Column("speedup", "speed-up", "1 / relative time"),
+    Column("gpu_rel_time", "rel. time (GPU)", "ff/gpu/rel_time: the same on a GPU"),
+    Column("gpu_speedup", "speed-up (GPU)", "1 / relative time on a GPU"),
     Column("limit", "limit", "speed-up that the number of multiplications would allow"),
     Column("p_front", "P(front)", "probability of being on the front, from the replicates"),
 )
 _KEYS = [column.key for column in COLUMNS]
-_SHOWN = (QUALITY, REL_TIME, "ff/active_width", "ff/width")  # metrics that have a column already
+_SHOWN = (QUALITY, REL_TIME, GPU_REL_TIME, "ff/active_width", "ff/width")  # metrics that have a column already
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -89,18 +91,19 @@ def _row(view: StudyView, trial: TrialView, front: set[str], chances: dict[str, 
         state = trial.state if trial.error is None else f"{trial.state}: {trial.error}"
         return Row(trial, {**cells, "quality": state, **{key: "" for key in (*_KEYS, *others) if key not in (*cells, "quality")}}, False)
     quality, baseline = trial.value(QUALITY), trial.value(BASELINE[QUALITY])
-    rel_time = trial.value(REL_TIME)
     cells |= {
         "quality": with_interval(trial.estimate(QUALITY)),
         "above": ABSENT if quality is None or baseline is None else f"{quality - baseline:+.2f}",
         "validation": with_interval(trial.estimate(QUALITY_VALIDATION)),
         "retention": ABSENT if view.matches_time else with_interval(view.retention(trial), 1, 100),
         "retention_time": with_interval(view.retention(trial), 1, 100) if view.matches_time else ABSENT,
-        "rel_time": with_interval(trial.estimate(REL_TIME), 3) if rel_time != 0 else "no layer",
-        "speedup": f"{1 / rel_time:.2f}x" if rel_time else ABSENT,
         "limit": number(view.flop_limit(trial), 1),
         "p_front": number(chances.get(trial.id)),
     }
+    for metric, device in ((REL_TIME, ""), (GPU_REL_TIME, "gpu_")):
+        rel_time = trial.value(metric)
+        cells[f"{device}rel_time"] = with_interval(trial.estimate(metric), 3) if rel_time != 0 else "no layer"
+        cells[f"{device}speedup"] = f"{1 / rel_time:.2f}x" if rel_time else ABSENT
     cells |= {name: with_interval(trial.estimate(name), 3) for name in others}
     return Row(trial, cells, trial.id in front)
 

@@ -8,8 +8,10 @@ import pytest
 
 from fffsweep.dashboards.pages import Query, compare_page
 from fffsweep.dashboards.picks import picks
-from fffsweep.dashboards.queries import QUALITY, REL_TIME, StudyView, load_study
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, REL_TIME, StudyView, load_study
 from fffsweep.dashboards.report import tiles
+from fffsweep.dashboards.speed_figures import speedups
+from fffsweep.dashboards.summary import rows, used_columns
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.dashboards.verdicts import NOT_DECIDABLE, UNDECIDED, claims, decidability
 
@@ -76,8 +78,14 @@ def test_claims_name_the_budget_and_what_they_count(whole):
 @pytest.fixture
 def on_a_gpu(whole, monkeypatch):
     """The study as if its layers had been timed on a GPU alone."""
-    moved = {trial.id: {name.replace("ff/cpu/", "ff/gpu/"): value for name, value in trial.metrics.items()} for trial in whole.trials}
-    monkeypatch.setattr(TrialView, "metrics", property(lambda trial: moved[trial.id]))
+
+    def moved(name):
+        return name.replace("ff/cpu/", "ff/gpu/").replace("_1t_", "_")
+
+    metrics = {trial.id: {moved(name): value for name, value in trial.metrics.items()} for trial in whole.trials}
+    averages = {trial.id: {moved(name): value for name, value in trial.averages.items()} for trial in whole.trials}
+    monkeypatch.setattr(TrialView, "metrics", property(lambda trial: metrics[trial.id]))
+    monkeypatch.setattr(TrialView, "averages", property(lambda trial: averages[trial.id]))
     return recorded(whole)
 
 
@@ -87,6 +95,22 @@ def test_layers_timed_on_a_gpu_are_judged_too(on_a_gpu):
     assert {finding.answer for finding in found["speed-gpu"].findings} == {"yes"}
     assert found["speed-gpu"].question.endswith("on a GPU?")
     assert any(name == "fastest tree layer" and hint.endswith("on a GPU") for name, _, hint in tiles(on_a_gpu))
+
+
+def test_what_was_timed_on_a_gpu_alone_is_picked_by_and_shown(on_a_gpu):
+    fastest, best, _ = picks(on_a_gpu, on_a_gpu.competing([QUALITY]), 0.5)
+    assert fastest.trial.metrics[GPU_REL_TIME] == min(trial.metrics[GPU_REL_TIME] for trial in on_a_gpu.competing([QUALITY]))
+    assert "as fast as the dense reference on a GPU" in best.why
+    shown = rows(on_a_gpu)
+    keys = [column.key for column in used_columns(shown)]
+    assert "gpu_speedup" in keys
+    assert "speedup" not in keys
+    drawn = speedups(on_a_gpu)
+    assert [figure.slug for figure in drawn] == ["speedup-gpu-cold", "speedup-gpu-hot"]
+    assert not any("roofline" in figure.caption.lower() for figure in drawn), "no peaks of a GPU are measured"
+    assert {row["threads"] for row in drawn[0].rows} == {None}
+    one = next(row for row in drawn[0].rows if (row["trial"], row["tokens"]) == ("1x8", 128))
+    assert one["speedup"] == 1 / on_a_gpu.trial("1x8").metrics[GPU_REL_TIME]
 
 
 def test_answers_agree_with_their_intervals(whole):
