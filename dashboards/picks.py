@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, StudyView
+from fffsweep.dashboards.queries import QUALITY, StudyView
 from fffsweep.dashboards.summary import number
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.sweeps.constraints import RETENTION
@@ -57,8 +57,7 @@ def _pick(view: StudyView, name: str, trials: Sequence[TrialView], index: int | 
     trial = trials[index]
     kept = view.retention(trial)
     said = [f"quality {number(trial.metrics[QUALITY])}" + (f" ({100 * kept.value:.1f} % of dense)" if kept else "")]
-    where = " on a GPU" if view.rel_time == GPU_REL_TIME else ""
-    said.append(f"layer {1 / trial.metrics[view.rel_time]:.2f}x as fast as the dense reference{where}")
+    said.append(f"layer {1 / trial.metrics[view.rel_time]:.2f}x as fast as the dense reference{view.where_timed}")
     chance = view.front_chances(tuple(view.objectives), tuple(view.maximize)).get(trial.id)
     holds = view.chance_kept(trial, share)
     if chance is None or holds is None:

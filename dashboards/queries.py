@@ -262,10 +262,19 @@ class StudyView:
         return sorted(points, key=lambda point: (point.mode, point.dtype, point.threads or 0, point.tokens))
 
     @cached_property
+    def rel_times(self) -> list[str]:
+        """Relative times of the layer that there are, the CPU's first; the CPU's where nothing was timed."""
+        return [name for name in (REL_TIME, GPU_REL_TIME) if any(name in trial.metrics for trial in self.finished)] or [REL_TIME]
+
+    @cached_property
     def rel_time(self) -> str:
-        """The relative time of the layer that trials are chosen by: an objective's, else the CPU's, or the GPU's if only that was timed."""
-        timed = [name for name in (REL_TIME, GPU_REL_TIME) if any(name in trial.metrics for trial in self.finished)]
-        return next((name for name in self.objectives if name in timed), (*timed, REL_TIME)[0])
+        """The relative time that trials are chosen by: an objective's, else the CPU's, or the GPU's if only that was timed."""
+        return next((name for name in self.objectives if name in self.rel_times), self.rel_times[0])
+
+    @property
+    def where_timed(self) -> str:
+        """What a sentence about `rel_time` ends in."""
+        return " on a GPU" if self.rel_time == GPU_REL_TIME else ""
 
     @cached_property
     def progress(self) -> dict[str, int]:

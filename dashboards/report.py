@@ -17,7 +17,7 @@ from markupsafe import Markup
 import fffsweep
 from fffsweep.dashboards import depth_figures, figures, formats, print_figures, speed_figures, training_figures
 from fffsweep.dashboards.figures import COLOURS, Figure
-from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, StudyView
+from fffsweep.dashboards.queries import QUALITY, StudyView
 from fffsweep.dashboards.summary import number, rows, used_columns, with_interval
 from fffsweep.dashboards.tables import paper_speed_table, paper_table, task_table
 from fffsweep.dashboards.trial import TrialView
@@ -194,8 +194,7 @@ def tiles(view: StudyView) -> list[tuple[str, str, str]]:
         whole = with_interval(view.reference.estimate(QUALITY), 1)
         shown.append(("dense quality", whole.partition(" ")[0], f"{whole.partition(' ')[2]} reference_dense, selection rows".strip()))
     if fastest:
-        where = " on a GPU" if view.rel_time == GPU_REL_TIME else ""
-        shown.append(("fastest tree layer", f"{fastest[0]:.1f}x", f"{fastest[1].id}, over the dense reference{where}"))
+        shown.append(("fastest tree layer", f"{fastest[0]:.1f}x", f"{fastest[1].id}, over the dense reference{view.where_timed}"))
     return shown
 
 

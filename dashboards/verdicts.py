@@ -128,7 +128,6 @@ def claims(view: StudyView) -> list[Claim]:
 
 def _speed_claims(view: StudyView, trees: Sequence[TrialView], decidable: Decidability) -> list[Claim]:
     """One for each device that layers were timed on; that of the CPU where nothing was timed."""
-    timed = [metric for metric in _REL_TIMES if any(metric in trial.metrics for trial in view.finished)]
     return [
         Claim(
             slug,
@@ -137,7 +136,7 @@ def _speed_claims(view: StudyView, trees: Sequence[TrialView], decidable: Decida
             _judge(_faster(trees, metric), decidable, lambda trial, gap, metric=metric: _speed(view, trial, metric)),
         )
         for metric, (slug, where) in _REL_TIMES.items()
-        if metric in (timed or [REL_TIME])
+        if metric in view.rel_times
     ]
 
 
