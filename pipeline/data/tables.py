@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}
 _LONGEST_DOCUMENT = 100_000
+_LONGEST_RECORD = 100_000  # lines
 
 
 @dataclass(frozen=True)
@@ -203,18 +205,46 @@ def _fields(file: DataFile, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
                 yield number, text.split("\t")
         return
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader((line.lstrip("\ufeff") if number == 0 else line for number, line in enumerate(lines)), strict=True)
+    source = _RecordLines(line.lstrip("\ufeff") if number == 0 else line for number, line in enumerate(lines))
+    reader = csv.reader(source, strict=True)
+    start = 1
     while True:
-        start = reader.line_num + 1
+        source.record.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield start, BadRow(f"no CSV: {error}")
+            source.give_back()
+            start += 1
             continue
         if fields:
             yield start, fields
+        start += len(source.record)
+
+
+class _RecordLines(Iterator[str]):
+    """Lines for a CSV reader. `record` holds those of the record being read, so that one whose quoting is broken costs its first line alone.
+
+    A quote that is never closed would take all that follows; it counts as broken after `_LONGEST_RECORD` lines.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = iter(lines)
+        self._given_back: deque[str] = deque()
+        self.record: list[str] = []
+
+    def __next__(self) -> str:
+        if len(self.record) >= _LONGEST_RECORD:
+            raise csv.Error(f"a quote is not closed within {_LONGEST_RECORD} lines")
+        line = self._given_back.popleft() if self._given_back else next(self._lines)
+        self.record.append(line)
+        return line
+
+    def give_back(self) -> None:
+        """Have the record's lines but the first read again."""
+        self._given_back.extendleft(reversed(self.record[1:]))
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:

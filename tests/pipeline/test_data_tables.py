@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fffsweep.pipeline.data import tables
 from fffsweep.pipeline.data.loading import DatasetsReader
 from fffsweep.pipeline.data.rows import BadRow, BadRows, TaskRows, check_labels, hold_out, parse_rows
 from fffsweep.pipeline.data.tables import DataFile, PlainReader, check_file, columns_of, documents_of, labels_of, rows_of
@@ -43,7 +44,7 @@ def test_equal_rows_from_every_kind_of_file(tmp_path, reader):
     assert list(rows_of(tsv, reader)) == [(2, {"one": 'a "cat', "two": "the dog", "label": "0"})]
 
 
-def test_rows_that_cannot_be_read_are_numbered_and_explained(tmp_path, reader):
+def test_rows_that_cannot_be_read_are_numbered_and_explained(tmp_path, reader, monkeypatch):
     jsonl = written(tmp_path, "a.jsonl", '{"one": 1}\n{"one": \n\n[1]\n"x"\n{"one": 2}')
     found = [(number, row.reason if isinstance(row, BadRow) else row["one"]) for number, row in rows_of(jsonl, reader)]
     assert found == [
@@ -65,7 +66,14 @@ def test_rows_that_cannot_be_read_are_numbered_and_explained(tmp_path, reader):
         (4, "p\nq"),
         (6, "u"),
         (7, "no CSV: unexpected end of data"),
+        (8, "w"),
     ]
+    stray = written(tmp_path, "stray.csv", 'one,two\n"open,1\n' + "u,v\n" * 30 + '"a, b",1\nu,v\n')
+    assert [n for n, r in rows_of(stray, reader) if isinstance(r, BadRow)] == [2]
+    assert [n for n, r in rows_of(stray, reader) if not isinstance(r, BadRow)] == list(range(3, 35))
+    monkeypatch.setattr(tables, "_LONGEST_RECORD", 3)
+    assert [n for n, r in rows_of(stray, reader) if not isinstance(r, BadRow)] == list(range(3, 35))
+
 
 
 def test_paragraphs_are_documents_and_long_ones_are_cut(tmp_path, reader, monkeypatch):
