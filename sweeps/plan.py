@@ -20,6 +20,7 @@ from fffsweep.sweeps.simulate import Cluster, Schedule, SimulatedRun, simulate
 
 SCHEMA = "fffsweep.plan/1"
 _MACS_PER_SECOND = 2e10  # of one core in training, as the quickstart runs on AVX-512; for guesses only
+_GPU_MACS_PER_SECOND = 1e13  # a fifth of what an H200 reached in bfloat16 (docs/results/cmm_gpu_2026-11-26.md)
 _GUESS_S = {"prepare": 30.0, "benchmark_cpu": 10.0, "benchmark_gpu": 10.0, "collect": 0.1}
 _GUESS_BYTES = {"finetune": 5e4, "benchmark_cpu": 1e5, "benchmark_gpu": 1e5, "collect": 1e4}
 
@@ -179,6 +180,8 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
     num_bytes = _GUESS_BYTES.get(name, 4.0 * (model.num_layers * (4 * hidden**2 + 2 * hidden * stored) + hidden * vocabulary))
     if name == "prepare":
         num_bytes = 0.6 * float(settings["max_corpus_bytes"] or 1e8)  # two bytes a token
+        if settings["source"] == "hub" and not settings["max_corpus_bytes"]:
+            return _GUESS_S[name], num_bytes, "nothing: the size of the hub's data is not known"
     if name in ("pretrain", "rung"):
         share = settings.get("share", 1.0)
         if settings["wall_clock_s"]:
@@ -190,8 +193,8 @@ def _guess(config: SweepConfig, trial: TrialPlan, stage: PlannedStage) -> tuple[
         tokens = float(settings["max_rows"] or 10_000) * float(settings["epochs"]) * model.sequence_length / 2
     else:
         return _GUESS_S.get(name, 0.0), num_bytes, "a rough guess"
-    cores = stage.resources.workers * stage.resources.cpus
-    return 3 * tokens * token_macs / (_MACS_PER_SECOND * cores), num_bytes, "a rough guess by tokens"
+    each = _GPU_MACS_PER_SECOND * stage.resources.gpus or _MACS_PER_SECOND * stage.resources.cpus
+    return 3 * tokens * token_macs / (each * stage.resources.workers), num_bytes, "a rough guess by tokens"
 
 
 def _guess_conversion(run: StageRun, hidden: int, num_layers: int, used: int, num_bytes: float) -> tuple[float, float, str]:

@@ -9,6 +9,7 @@ import yaml
 
 from fffsweep.sweeps.config import ConfigError, SweepConfig, load_config
 from fffsweep.sweeps.config_errors import nearest_first
+from fffsweep.sweeps.plan import make_plan
 
 BASE = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
@@ -197,3 +198,12 @@ def test_every_sweep_loads_and_opens_with_what_it_shows(sweep):
     opening = sweep.read_text().split("\nname:")[0].lower()
     for word in ("shows", "cost", "expected"):
         assert word in opening, word
+
+
+def test_the_published_table_is_trained_on_gpus(tmp_path):
+    config = load_config(next(path for path in SWEEPS if path.stem == "paper"))
+    found = {stage.stage: stage for stage in make_plan(config, tmp_path).stages}
+    assert config.limits_of("pretrain").gpus == config.limits_of("finetune").gpus == 1
+    assert found["pretrain"].seconds == 17 * 86_400
+    assert found["finetune"].seconds < 10 * 86_400  # at a GPU's rate; at a core's it would be two years
+    assert "not known" in found["prepare"].basis
