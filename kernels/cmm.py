@@ -11,7 +11,7 @@ from fffsweep.kernels.gpu import availability, entries, operator
 from fffsweep.kernels.layer import LayerWeights, check_call
 from fffsweep.kernels.shape import TreeShape
 
-CAST_UNDER_AUTOCAST = frozenset({"cuda"})  # on a CPU, native kernels on float32 are as quick as casting every weight in every step
+CAST_UNDER_AUTOCAST = frozenset({"cpu", "cuda"})
 
 
 def cmm(
@@ -27,7 +27,7 @@ def cmm(
     """Feedforward output of each token along its own path: the sum over its nodes n of act(x . w_in[n] + b_in[n]) w_out[n].
 
     Shapes: x [..., hidden]; w_in, w_out [trees, nodes, hidden]; b_in [trees, nodes] or None -> as x.
-    Dtypes: all alike, or float32 x with bfloat16 weights; under autocast on a CUDA device x and weights are cast first. Native
+    Dtypes: all alike, or float32 x with bfloat16 weights; under autocast x and weights are cast first, as a dense layer's are. Native
     kernels take float32 and bfloat16, Triton's float16 too; both accumulate in float32.
     Gradients are those of the hard-routed layer, none through the decisions; a NaN logit goes left and makes the output NaN.
     `implementation` forces an entry of `fffsweep.kernels.registry`; by default `choose` takes one. Thread-safe.
@@ -35,12 +35,12 @@ def cmm(
     forward-mode differentiation.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """
-    if implementation is None and not torch.compiler.is_compiling() and (y := _native(x, w_in, b_in, w_out, shape, activation)) is not None:
-        return y
-    if x.device.type in CAST_UNDER_AUTOCAST and torch.is_autocast_enabled(x.device.type):
+    if x.device.type in CAST_UNDER_AUTOCAST and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = (each.to(wanted) for each in (x, w_in, w_out))
         b_in = None if b_in is None else b_in.to(wanted)
+    if implementation is None and not torch.compiler.is_compiling() and (y := _native(x, w_in, b_in, w_out, shape, activation)) is not None:
+        return y
     check_call(x, w_in, b_in, w_out, shape, activation)
     name = implementation or choose(x, w_in, shape)
     if name == "native":

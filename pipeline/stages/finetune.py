@@ -69,7 +69,7 @@ class Finetune:
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/finetuning.py",
         "pipeline/encoders.py",

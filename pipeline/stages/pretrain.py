@@ -100,7 +100,7 @@ class Pretrain:
     """Artifacts: `model/` (transformers folder with the tokenizer), `curve.jsonl`, and `tree_health.json` for layers with trees."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     sources: ClassVar[tuple[str, ...]] = (
         "pipeline/pretraining.py",
         "pipeline/energy.py",

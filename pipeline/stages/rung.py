@@ -35,7 +35,7 @@ class Rung:
     """
 
     name: ClassVar[str] = "rung"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     sources: ClassVar[tuple[str, ...]] = ("pipeline/stages/pretrain.py", *Pretrain.sources)
     Config: ClassVar[type[Settings]] = RungConfig
 

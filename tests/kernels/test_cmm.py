@@ -281,6 +281,19 @@ def test_threads_may_call_at_once() -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+def test_autocast_casts_as_for_a_dense_layer() -> None:
+    x, w_in, b_in, w_out, shape = arguments("2x3", 64, 70)
+    weights = [each.clone().requires_grad_() for each in (w_in, b_in, w_out)]
+    linear = torch.nn.Linear(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, after_another = cmm(x, *weights, shape), cmm(linear(x), *weights, shape)
+        assert cmm(x.double(), *(each.double() for each in (w_in, b_in, w_out)), shape).dtype == torch.float64
+    assert got.dtype == after_another.dtype == torch.bfloat16
+    torch.testing.assert_close(got, cmm(*(each.bfloat16() for each in (x, w_in, b_in, w_out)), shape), rtol=0, atol=0)
+    (got.float().sum() + after_another.float().sum()).backward()
+    assert all(each.grad is not None and each.grad.dtype == torch.float32 and each.grad.abs().sum() > 0 for each in (*weights, linear.weight))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork_after_use() -> None:
     arguments_ = arguments("1x5", 512, 700)  # large enough for both threads and for the pool of outputs

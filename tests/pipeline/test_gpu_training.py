@@ -39,7 +39,6 @@ def device(request, monkeypatch):
     from tests.kernels import interpreted
 
     assert interpreted.triton is not None
-    monkeypatch.setattr(public, "CAST_UNDER_AUTOCAST", frozenset({"cpu"}))
     monkeypatch.setattr(public, "_native", lambda *call: None)  # which a CPU tensor would take before anything is chosen
     monkeypatch.setattr(public, "choose", lambda x, w_in, shape: "triton")
     return "cpu"
