@@ -225,7 +225,7 @@ def _fields(file: DataFile, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 class _RecordLines(Iterator[str]):
-    """Lines for a CSV reader. `record` holds those of the record being read, so that one whose quoting is broken costs its first line alone.
+    """Lines for a CSV reader. `record` holds those of the record being read: one whose quoting is broken costs its first line alone.
 
     A quote that is never closed would take all that follows; it counts as broken after `_LONGEST_RECORD` lines.
     """

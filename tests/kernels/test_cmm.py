@@ -291,7 +291,10 @@ def test_autocast_casts_as_for_a_dense_layer() -> None:
     assert got.dtype == after_another.dtype == torch.bfloat16
     torch.testing.assert_close(got, cmm(*(each.bfloat16() for each in (x, w_in, b_in, w_out)), shape), rtol=0, atol=0)
     (got.float().sum() + after_another.float().sum()).backward()
-    assert all(each.grad is not None and each.grad.dtype == torch.float32 and each.grad.abs().sum() > 0 for each in (*weights, linear.weight))
+    for each in (*weights, linear.weight):
+        assert each.grad is not None
+        assert each.grad.dtype == torch.float32
+        assert each.grad.abs().sum() > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
