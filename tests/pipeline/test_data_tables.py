@@ -75,7 +75,6 @@ def test_rows_that_cannot_be_read_are_numbered_and_explained(tmp_path, reader, m
     assert [n for n, r in rows_of(stray, reader) if not isinstance(r, BadRow)] == list(range(3, 35))
 
 
-
 def test_paragraphs_are_documents_and_long_ones_are_cut(tmp_path, reader, monkeypatch):
     text = written(tmp_path, "a.txt", "\none\ntwo\n\n \nthree\r\n\nfour")
     assert [(number, document.split()) for number, document in documents_of(text, reader, "text")] == [
