@@ -76,8 +76,8 @@ struct TreeBackward {
         tree(call->layer, index),
         memory(memory),
         grad_x(grad_x),
-        grad_in(call->grad_w_in + (int64_t)index * call->layer.nodes * call->layer.hidden),
-        grad_out(call->grad_w_out + (int64_t)index * call->layer.nodes * call->layer.hidden),
+        grad_in(call->grad_w_in ? call->grad_w_in + (int64_t)index * call->layer.nodes * call->layer.hidden : nullptr),
+        grad_out(call->grad_w_in ? call->grad_w_out + (int64_t)index * call->layer.nodes * call->layer.hidden : nullptr),
         grad_bias(call->grad_b_in ? call->grad_b_in + (int64_t)index * call->layer.nodes : nullptr),
         lots(BackwardMemory::lots(call)),
         shared(lots > 1 ? BackwardMemory::shared_levels(call->layer) : 0) {}
@@ -135,6 +135,7 @@ struct TreeBackward {
       path.node[level] = node;
       path.in[level] = tree.w_in + node * tree.hidden;
       path.out[level] = tree.w_out + node * tree.hidden;
+      if (!grad_in) continue;
       path.grad_in[level] = row_of(grad_in, 0, lot, level, node);
       path.grad_out[level] = row_of(grad_out, 1, lot, level, node);
       memset(path.grad_in[level], 0, tree.hidden * sizeof(float));
@@ -147,7 +148,7 @@ struct TreeBackward {
   template <Store kHow>
   void walk_lot(int64_t lot) const {
     const int64_t rows = BackwardMemory::shared_rows(call->layer), begin = memory.bounds[lot], end = memory.bounds[lot + 1];
-    if (shared) {
+    if (shared && grad_in) {
       memset(memory.shared + lot * 2 * rows * tree.hidden, 0, 2 * rows * tree.hidden * sizeof(float));
       memset(memory.shared + lots * 2 * rows * tree.hidden + lot * rows, 0, rows * sizeof(float));
     }
@@ -213,7 +214,7 @@ struct TreeBackward {
     const float* weights[kBlock];
     for (int t = 0; t < count; ++t) weights[t] = grad + t * levels;
     with_count(count, [&](auto n) { combine_of<n.value, kHow, Y, W>(weights, path.in, levels, out, tree.hidden, later); });
-    for (int level = 0; level < levels; level += kBlock) {
+    for (int level = 0; grad_in && level < levels; level += kBlock) {
       const int n_rows = levels - level < kBlock ? levels - level : kBlock;
       add_rows(grad_by_level + level * kBlock, x, count, path.grad_in + level, n_rows);
       add_rows(hidden_by_level + level * kBlock, grad_y, count, path.grad_out + level, n_rows);
@@ -254,7 +255,7 @@ struct TreeBackward {
     sort_by_leaf();
     share_out();
     call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->template walk_lot<kHow>(lot); }, this);
-    call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->finish(lot, ((TreeBackward*)self)->lots); }, this);
+    if (grad_in) call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->finish(lot, ((TreeBackward*)self)->lots); }, this);
   }
 };
 

@@ -48,7 +48,7 @@ typedef struct cmm_backward_call {
   const int32_t* leaves;
   int64_t tokens;
   void* grad_x;       // x_dtype
-  float* grad_w_in;   // written whole: zeros where no token went
+  float* grad_w_in;   // written whole: zeros where no token went; null if no gradient of the weights is wanted, then all three are
   float* grad_b_in;   // may be null
   float* grad_w_out;
   void* scratch;      // cmm_backward_scratch bytes, aligned to 64

@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> cmm_train(const Tensor& x, const Tensor& w_in
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& w_in,
                                                         const OptionalTensor& b_in, const Tensor& w_out, const Tensor& logits,
-                                                        const Tensor& leaves, int64_t levels, int64_t activation, int64_t isa) {
+                                                        const Tensor& leaves, int64_t levels, int64_t activation, int64_t isa,
+                                                        bool of_weights) {
   check(x, w_in, b_in, w_out, levels);
   const int64_t tokens = x.size(-1) ? x.numel() / x.size(-1) : 0, trees = w_in.size(0);
   TORCH_CHECK_VALUE(grad_y.sizes() == x.sizes() && grad_y.scalar_type() == x.scalar_type() && grad_y.is_cpu(),
@@ -82,15 +83,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
   }
   auto wide = w_in.options().dtype(at::kFloat);
   Tensor grad_x = cmm_pool::empty(x.sizes(), x.options());
-  Tensor grad_in = cmm_pool::empty(w_in.sizes(), wide), grad_out = cmm_pool::empty(w_in.sizes(), wide);
-  Tensor grad_bias = b_in ? at::empty(b_in->sizes(), wide) : at::empty({0}, wide);
+  auto rows_like = [&] { return of_weights ? cmm_pool::empty(w_in.sizes(), wide) : at::empty({0}, wide); };
+  Tensor grad_in = rows_like(), grad_out = rows_like();
+  const bool of_bias = of_weights && b_in;
+  Tensor grad_bias = of_bias ? at::empty(b_in->sizes(), wide) : at::empty({0}, wide);
   if (x.numel() == 0) {
     for (Tensor* each : {&grad_in, &grad_out, &grad_bias}) each->zero_();
   } else {
     cmm_backward_call call{layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), grad->const_data_ptr(),
                            kept->const_data_ptr<float>(), last->const_data_ptr<int32_t>(), tokens, grad_x.mutable_data_ptr(),
-                           grad_in.mutable_data_ptr<float>(), b_in ? grad_bias.mutable_data_ptr<float>() : nullptr,
-                           grad_out.mutable_data_ptr<float>(), nullptr, threads_now(), run_parallel};
+                           of_weights ? grad_in.mutable_data_ptr<float>() : nullptr, of_bias ? grad_bias.mutable_data_ptr<float>() : nullptr,
+                           of_weights ? grad_out.mutable_data_ptr<float>() : nullptr, nullptr, threads_now(), run_parallel};
     const cmm_kernels* kernels = kernels_of(isa);
     call.scratch = scratch_of(kernels->backward_scratch(&call));
     kernels->backward(&call);
@@ -115,11 +118,12 @@ std::tuple<Tensor, Tensor, Tensor> cmm_train_shape(const Tensor& x, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_shape(const Tensor&, const Tensor& x, const Tensor& w_in,
                                                               const OptionalTensor& b_in, const Tensor& w_out, const Tensor&,
-                                                              const Tensor&, int64_t levels, int64_t, int64_t) {
+                                                              const Tensor&, int64_t levels, int64_t, int64_t, bool of_weights) {
   check_shapes(x, w_in, b_in, w_out, levels);
-  Tensor bias = b_in ? at::empty_symint(b_in->sym_sizes(), w_in.options()) : at::empty({0}, w_in.options());
-  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(w_in.sym_sizes(), w_in.options()), bias,
-          at::empty_symint(w_in.sym_sizes(), w_in.options())};
+  auto like = [&](const Tensor& weights) { return at::empty_symint(weights.sym_sizes(), w_in.options()); };
+  auto none = [&] { return at::empty({0}, w_in.options()); };
+  return {at::empty_symint(x.sym_sizes(), x.options()), of_weights ? like(w_in) : none(), of_weights && b_in ? like(*b_in) : none(),
+          of_weights ? like(w_in) : none()};
 }
 
 c10::OperatorHandle operator_named(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
@@ -135,10 +139,10 @@ class CmmBackwardFunction : public torch::autograd::Function<CmmBackwardFunction
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& grad_y, const Tensor& x,
                                                 const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out,
                                                 const Tensor& logits, const Tensor& leaves, int64_t levels, int64_t activation,
-                                                int64_t isa) {
+                                                int64_t isa, bool of_weights) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static auto op = operator_named("fffsweep::cmm_backward").typed<decltype(cmm_backward)>();
-    auto [of_x, of_in, of_bias, of_out] = op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+    auto [of_x, of_in, of_bias, of_out] = op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa, of_weights);
     return {of_x, of_in, of_bias, of_out};
   }
 
@@ -151,16 +155,16 @@ class CmmBackwardFunction : public torch::autograd::Function<CmmBackwardFunction
 std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward_autograd(const Tensor& grad_y, const Tensor& x, const Tensor& w_in,
                                                                  const OptionalTensor& b_in, const Tensor& w_out, const Tensor& logits,
                                                                  const Tensor& leaves, int64_t levels, int64_t activation,
-                                                                 int64_t isa) {
+                                                                 int64_t isa, bool of_weights) {
   bool wanted = at::GradMode::is_enabled() && (grad_y.requires_grad() || x.requires_grad() || w_in.requires_grad() ||
                                                w_out.requires_grad() || (b_in && b_in->requires_grad()));
   if (wanted) {
-    auto found = CmmBackwardFunction::apply(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+    auto found = CmmBackwardFunction::apply(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa, of_weights);
     return {found[0], found[1], found[2], found[3]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   static auto op = operator_named("fffsweep::cmm_backward").typed<decltype(cmm_backward)>();
-  return op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa);
+  return op.call(grad_y, x, w_in, b_in, w_out, logits, leaves, levels, activation, isa, of_weights);
 }
 
 class CmmFunction : public torch::autograd::Function<CmmFunction> {
@@ -180,8 +184,11 @@ class CmmFunction : public torch::autograd::Function<CmmFunction> {
     auto saved = context->get_saved_variables();
     auto integers = context->saved_data["integers"].toIntVector();
     OptionalTensor b_in = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    // edges count the tensors that were given: x, w_in, b_in where there is one, w_out
+    bool of_weights = context->needs_input_grad(1) || context->needs_input_grad(2) || (b_in && context->needs_input_grad(3));
     auto [x, w_in, bias, w_out] =
-        op.call(grads[0], saved[0], saved[1], b_in, saved[3], saved[4], saved[5], integers[0], integers[1], integers[2]);
+        op.call(grads[0], saved[0], saved[1], b_in, saved[3], saved[4], saved[5], integers[0], integers[1], integers[2], of_weights);
+    if (!of_weights) return {x, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     return {x, w_in, b_in ? bias : Tensor(), w_out, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -206,7 +213,7 @@ TORCH_LIBRARY(fffsweep, m) {
   m.def("cmm_train(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, int levels, int activation, int isa=-1) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cmm_backward(Tensor grad_y, Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor logits, Tensor leaves, int levels, "
-      "int activation, int isa=-1) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int activation, int isa=-1, bool of_weights=True) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("best_isa() -> int", [] { return (int64_t)cmm_best_isa(); });
   m.def("has_isa(int isa) -> bool", [](int64_t isa) { return cmm_kernels_of((int32_t)isa) != nullptr; });
 }

@@ -297,6 +297,24 @@ def test_autocast_casts_as_for_a_dense_layer() -> None:
         assert each.grad.abs().sum() > 0
 
 
+@native
+@pytest.mark.parametrize("layout", ["1x9", "2x3"])
+@pytest.mark.parametrize("wanted", [("x",), ("x", "w_in"), ("w_out",), ("b_in",), ("x", "b_in", "w_out")])
+def test_gradients_that_are_not_wanted_change_no_other(layout, wanted) -> None:
+    x, w_in, b_in, w_out, shape = arguments(layout, 64, 600)
+
+    def gradients(names):
+        given = {"x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out}
+        given = {name: value.clone().requires_grad_(name in names) for name, value in given.items()}
+        cmm(*given.values(), shape).sin().sum().backward()
+        return {name: value.grad for name, value in given.items()}
+
+    found, whole = gradients(wanted), gradients(("x", "w_in", "b_in", "w_out"))
+    for name, value in found.items():
+        assert (value is not None) == (name in wanted)
+        assert value is None or torch.equal(value, whole[name])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork_after_use() -> None:
     arguments_ = arguments("1x5", 512, 700)  # large enough for both threads and for the pool of outputs

@@ -131,6 +131,12 @@ void run(const cmm_kernels* kernels, int32_t x_dtype, int32_t w_dtype, int trees
     expected += hidden_sum * grad_sum;
   }
   if (fabs(total - expected) > 1e-3 * (1 + tokens * active * sqrt((double)hidden))) fail("sum of the gradient of w_out", total, expected);
+
+  Array alone(x_dtype, tokens * hidden, random, 0);
+  backward.grad_x = alone.data(), backward.grad_w_in = backward.grad_b_in = backward.grad_w_out = nullptr;
+  kernels->backward(&backward);
+  for (int64_t i = 0; i < tokens * hidden; ++i)
+    if (alone.at(i) != grad_x.at(i)) fail("gradient of x without those of the weights", alone.at(i), grad_x.at(i));
 }
 
 // The same forward pass with weights of 8 bits, against a loop over the integers times their scales.
