@@ -255,7 +255,8 @@ struct TreeBackward {
     sort_by_leaf();
     share_out();
     call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->template walk_lot<kHow>(lot); }, this);
-    if (grad_in) call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->finish(lot, ((TreeBackward*)self)->lots); }, this);
+    if (!grad_in) return;
+    call->parallel(lots, [](void* self, int64_t lot) { ((TreeBackward*)self)->finish(lot, ((TreeBackward*)self)->lots); }, this);
   }
 };
 

@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cmm_backward(const Tensor& grad_y, co
   } else {
     cmm_backward_call call{layer_of(*rows, *in, bias, *out, levels, activation), rows->const_data_ptr(), grad->const_data_ptr(),
                            kept->const_data_ptr<float>(), last->const_data_ptr<int32_t>(), tokens, grad_x.mutable_data_ptr(),
-                           of_weights ? grad_in.mutable_data_ptr<float>() : nullptr, of_bias ? grad_bias.mutable_data_ptr<float>() : nullptr,
+                           of_weights ? grad_in.mutable_data_ptr<float>() : nullptr,
+                           of_bias ? grad_bias.mutable_data_ptr<float>() : nullptr,
                            of_weights ? grad_out.mutable_data_ptr<float>() : nullptr, nullptr, threads_now(), run_parallel};
     const cmm_kernels* kernels = kernels_of(isa);
     call.scratch = scratch_of(kernels->backward_scratch(&call));
