@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"fffsweep bench: {error}", file=sys.stderr)
         return 2
+    origin = bench_report.provenance(arguments)  # of the code that is timed, not of what the checkout holds at the end
     rows: list[dict[str, Any]] = []
     failed = []
     for case, group in cases:
@@ -100,7 +101,6 @@ def main(argv: list[str] | None = None) -> int:
         if best is None:
             failed.append(case)
         print(_line(case, best), flush=True)
-    origin = bench_report.provenance(arguments)
     result = {"schema": SCHEMA, "provenance": origin, "rows": rows}
     if options.results:
         stem = options.results / bench_report.file_stem(origin)
