@@ -11,8 +11,6 @@ from fffsweep.kernels.gpu import availability, entries, operator
 from fffsweep.kernels.layer import LayerWeights, check_call
 from fffsweep.kernels.shape import TreeShape
 
-CAST_UNDER_AUTOCAST = frozenset({"cpu", "cuda"})
-
 
 def cmm(
     x: Tensor,
@@ -35,8 +33,9 @@ def cmm(
     forward-mode differentiation.
     Source: Belcak & Wattenhofer 2023, arXiv 2311.10770, algorithm 1.
     """
-    if x.device.type in CAST_UNDER_AUTOCAST and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        wanted = torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None  # x.device.type takes five times as long, a tenth of a token's call
+    if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        wanted = torch.get_autocast_dtype(device)
         x, w_in, w_out = (each.to(wanted) for each in (x, w_in, w_out))
         b_in = None if b_in is None else b_in.to(wanted)
     if implementation is None and not torch.compiler.is_compiling() and (y := _native(x, w_in, b_in, w_out, shape, activation)) is not None:
