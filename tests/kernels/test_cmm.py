@@ -288,10 +288,10 @@ def test_autocast_casts_as_for_a_dense_layer() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got, after_another = cmm(x, *weights, shape), cmm(linear(x), *weights, shape)
         assert cmm(x.double(), *(each.double() for each in (w_in, b_in, w_out)), shape).dtype == torch.float64
-    assert got.dtype == after_another.dtype == torch.bfloat16
-    torch.testing.assert_close(got, cmm(*(each.bfloat16() for each in (x, w_in, b_in, w_out)), shape), rtol=0, atol=0)
         compiled = torch.compile(lambda x: cmm(x, *weights, shape), backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x), got)
+    assert got.dtype == after_another.dtype == torch.bfloat16
+    torch.testing.assert_close(got, cmm(*(each.bfloat16() for each in (x, w_in, b_in, w_out)), shape), rtol=0, atol=0)
     (got.float().sum() + after_another.float().sum()).backward()
     for each in (*weights, linear.weight):
         assert each.grad is not None
