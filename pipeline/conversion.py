@@ -25,6 +25,7 @@ from fffsweep.pipeline.memory import memory_metrics
 from fffsweep.pipeline.order import epoch_order
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.convert import WITHOUT_ACTIVATIONS, ConvertConfig
+from fffsweep.pipeline.tree_health import publish_tree_health
 from fffsweep.pipeline.variants import make_feedforward
 
 STOP_POLL_S = 0.5
@@ -156,21 +157,29 @@ class Distillation:
         self.layers.eval()
         row = {"step": at.step, "tokens": at.step * self.rows, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
         for index in range(len(self.layers)):
-            parts = [slice(start, start + EVALUATION_ROWS) for start in range(0, len(self.held_out), EVALUATION_ROWS)]
-            sizes = [len(range(len(self.held_out))[part]) for part in parts]
-            errors = [float(self._unexplained(index, self.held_out, part)) for part in parts]
-            row[f"unexplained/{index}"] = float(np.average(errors, weights=sizes))
+            row[f"unexplained/{index}"] = self._held_out_error(index)
         row["unexplained"] = sum(row[f"unexplained/{index}"] for index in range(len(self.layers))) / len(self.layers)
         self.layers.train()
         at.losses = []
         at.curve.append(row)
 
+    def _held_out_error(self, index: int) -> float:
+        """What one layer leaves unexplained of the held-out tokens."""
+        parts = [slice(start, start + EVALUATION_ROWS) for start in range(0, len(self.held_out), EVALUATION_ROWS)]
+        sizes = [len(range(len(self.held_out))[part]) for part in parts]
+        return float(np.average([float(self._unexplained(index, self.held_out, part)) for part in parts], weights=sizes))
+
+    def _read_held_out(self) -> None:
+        for index in range(len(self.layers)):
+            self._held_out_error(index)
+
     def publish(self) -> Metrics:
-        """Write the curve; the metrics of the training."""
+        """Write the curve and how the trees are used; the metrics of the training."""
         at = self.at
         (self.context.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.curve))
         last = {"distill/unexplained": at.curve[-1]["unexplained"]}
         last |= {f"distill/layer_{index}/unexplained": at.curve[-1][f"unexplained/{index}"] for index in range(len(self.layers))}
+        last |= publish_tree_health(self.layers, self._read_held_out, self.context.output)
         tokens = at.step * self.rows
         return last | {"distill/tokens": tokens, "time/train_s": at.elapsed_s, "time/tokens_per_s": tokens / at.elapsed_s}
 

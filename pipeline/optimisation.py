@@ -140,6 +140,12 @@ def apply_gradients(model: nn.Module, optimizer: Optimizer, learning_rate: float
     return norm
 
 
+def check_finite(step: int, name: str, value: float) -> None:
+    """Raises DivergedError if `value` is NaN or infinite."""
+    if not math.isfinite(value):
+        raise DivergedError(f"step {step}: the {name} is {value}; nothing is published; lower learning_rate or clip, or take float32")
+
+
 class LossGuard:
     """Stops a run whose loss or penalty is NaN or infinite, or whose smoothed loss rises `limit` nats above its lowest.
 
@@ -152,9 +158,8 @@ class LossGuard:
 
     def check(self, step: int, loss: float, penalty: float = 0.0) -> None:
         """Raises DivergedError. The penalty must be finite and no more: it may rise while the model learns."""
-        if not math.isfinite(loss + penalty):
-            name, value = ("penalty", penalty) if math.isfinite(loss) else ("loss", loss)
-            raise DivergedError(f"step {step}: the {name} is {value}; nothing is published; lower learning_rate or clip, or take float32")
+        check_finite(step, "loss", loss)
+        check_finite(step, "penalty", penalty)
         self.smooth = loss if math.isinf(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.lowest = min(self.lowest, self.smooth)
         if self.smooth > self.lowest + self.limit:

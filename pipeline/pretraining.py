@@ -26,7 +26,7 @@ from fffsweep.pipeline.portable import load_state, save_state
 from fffsweep.pipeline.stage import Metrics, StageContext, StopRequested
 from fffsweep.pipeline.stages.pretrain import PretrainConfig
 from fffsweep.pipeline.stages.rung import RungConfig
-from fffsweep.pipeline.tree_health import counters, health_metrics, tree_health
+from fffsweep.pipeline.tree_health import publish_tree_health
 
 VALIDATION_SEED = 0  # masks of the held-out sequences are the same in every run, whatever its seed
 VALIDATION_BATCH = 32
@@ -250,7 +250,7 @@ class Pretraining:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Loss and accuracy on the held-out masked tokens."""
+        """Loss and accuracy on the held-out masked tokens. Raises DivergedError if the loss is not finite."""
         self.model.eval()
         loss, hits, asked = 0.0, 0, 0
         for batch in self.validation:
@@ -259,6 +259,7 @@ class Pretraining:
             hits += _hits(output.logits, batch)
             asked += len(batch.labels)
         self.model.train()
+        optimisation.check_finite(self.at.step, "held-out loss", loss)
         return loss / asked, hits / asked
 
     def publish(self) -> Metrics:
@@ -290,23 +291,13 @@ class Pretraining:
             metrics["mlm/train_penalty"] = last["penalty"]
         metrics |= memory_metrics(self.context.device)
         metrics |= {f"energy/{kind}_joules": joules for kind, joules in self._energy().items()}
-        return metrics | self._tree_health()
+        return metrics | publish_tree_health(self.model, self._read_unmasked, output)
 
-    @torch.no_grad()
-    def _tree_health(self) -> Metrics:
-        """Let the encoder read the held-out sequences unmasked and count its paths."""
-        counted = counters(self.model)
-        if not counted:
-            return {}
-        self.model.eval()
+    def _read_unmasked(self) -> None:
+        """Let the encoder read the held-out sequences as they are."""
         for start in range(0, len(self.held_out), VALIDATION_BATCH):
             ids = torch.from_numpy(self.held_out[start : start + VALIDATION_BATCH].astype(np.int64))
             self.model.encoder(ids.to(self.context.device))
-        for each in counted:
-            each.close()
-        report = tree_health(counted)
-        (self.context.output / "tree_health.json").write_text(json.dumps(report))
-        return health_metrics(report)
 
 
 def _hits(logits: Tensor, batch: MaskedBatch) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from fffsweep.kernels.shape import TreeShape
 from fffsweep.pipeline.feedforward import FeedForwardLayer
+from fffsweep.pipeline.stage import Metrics
 
 SCHEMA = "fffsweep.tree_health/1"
 
@@ -55,9 +59,22 @@ def _normalised_entropy(leaves: Tensor, shape: TreeShape) -> float:
     return float(entropy / torch.log(torch.tensor(2.0**shape.depth, dtype=torch.float64)))
 
 
-def counters(model: nn.Module) -> list[PathCounter]:
-    """One counter, hooked in, for each layer of `model` that has trees."""
-    return [PathCounter(each) for each in model.modules() if isinstance(each, FeedForwardLayer) and each.shape.depth > 0]
+@torch.no_grad()
+def publish_tree_health(model: nn.Module, read: Callable[[], None], output: Path) -> Metrics:
+    """Count the paths that tokens take through `model` while `read` lets it read them; writes `tree_health.json` into `output`.
+
+    Returns `health_metrics`; nothing, and writes nothing, for a model without trees.
+    """
+    counted = [PathCounter(each) for each in model.modules() if isinstance(each, FeedForwardLayer) and each.shape.depth > 0]
+    if not counted:
+        return {}
+    model.eval()
+    read()
+    for each in counted:
+        each.close()
+    report = tree_health(counted)
+    (output / "tree_health.json").write_text(json.dumps(report))
+    return health_metrics(report)
 
 
 def tree_health(counted: list[PathCounter]) -> dict[str, Any]:
@@ -70,7 +87,7 @@ def tree_health(counted: list[PathCounter]) -> dict[str, Any]:
     return {"schema": SCHEMA, "tokens": int(counted[0].visits[0, 0]), "layers": layers}
 
 
-def health_metrics(report: dict[str, Any]) -> dict[str, float]:
+def health_metrics(report: dict[str, Any]) -> Metrics:
     """Means over layers; `tree/dead_nodes` as a share of all nodes."""
     layers = report["layers"]
     return {

@@ -24,6 +24,7 @@ _SOURCES = (
     "pipeline/encoder_folder.py",
     "pipeline/encoders.py",
     "pipeline/masking.py",
+    "pipeline/tree_health.py",
     "pipeline/data/rows.py",
     "pipeline/data/tables.py",
     "pipeline/data/text.py",
@@ -106,14 +107,14 @@ class Activations:
 
 
 class Convert:
-    """Artifacts: `model/` (transformers folder with the tokenizer) and, for new layers, `curve.jsonl`.
+    """Artifacts: `model/` (transformers folder with the tokenizer); for new layers `curve.jsonl`, for those with trees `tree_health.json`.
 
     `distill/unexplained`: held-out squared error over the variance of the old layers' outputs, mean over layers; each layer's
     is `distill/layer_<n>/unexplained`.
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     sources: ClassVar[tuple[str, ...]] = _SOURCES
     Config: ClassVar[type[Settings]] = ConvertConfig
 

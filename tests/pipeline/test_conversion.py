@@ -146,6 +146,14 @@ def test_layers_learn_what_the_old_ones_do(name, encoder, context):
         x, target = held_out.layer(index, slice(None))
         error = (place(x.view(-1, 16, HIDDEN)).flatten(0, 1) - target).square().mean() / target.var(0).mean()
         assert error.item() == pytest.approx(metrics[f"distill/layer_{index}/unexplained"], rel=1e-4)
+    assert (here.output / "tree_health.json").exists() == ("tree/leaf_entropy" in metrics) == (name != "dense")
+    if name == "fff":
+        report = json.loads((here.output / "tree_health.json").read_text())
+        assert (report["tokens"], [each["layer"] for each in report["layers"]]) == (320, list(range(LAYERS)))
+        x, _ = held_out.layer(1, slice(None))
+        leaves = feedforward_halves(model)[1][1].feedforward.paths(x, torch.from_numpy(held_out.token_ids.astype(np.int64)))[:, :, -1] - 7
+        used = [torch.bincount(leaves[:, tree], minlength=8).tolist() for tree in range(3)]
+        assert report["layers"][1]["leaf_usage"] == used
 
 
 @pytest.mark.parametrize("name", ["dense", "fff", "original", "random"])

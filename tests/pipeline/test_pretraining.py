@@ -8,6 +8,7 @@ import torch
 
 from fffsweep.pipeline import optimisation, pretraining, schedules
 from fffsweep.pipeline.feedforward import auxiliary_loss
+from fffsweep.pipeline.model import loss_parts
 from fffsweep.pipeline.model_settings import FeedForward, ModelSettings
 from fffsweep.pipeline.optimisation import DivergedError, LossGuard
 from fffsweep.pipeline.pretraining import Pretraining
@@ -256,6 +257,14 @@ def test_a_loss_that_runs_away_stops_the_run(new_context):
         guard.check(13, 7.0)
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(new_context):
+    learner = Pretraining(config_of("dense"), new_context())
+    with torch.no_grad():
+        learner.model.get_input_embeddings().weight[5] = float("nan")
+    with pytest.raises(DivergedError, match="step 0: the held-out loss is nan"):
+        learner.validate()
+
+
 def test_another_sequence_length_than_the_corpus_is_refused(new_context):
     config = config_of()
     other = config.model_copy(update={"model": config.model.model_copy(update={"sequence_length": 32})})
@@ -291,17 +300,22 @@ def test_tree_health_counts_every_visit(new_context):
 @pytest.mark.integration
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_hundred_sentences_are_learned_by_heart(name, new_context):
-    """A hundred sequences under one mask: every variant can bring the loss to nearly nothing."""
-    config = config_of(name, learning_rate=1e-2, batch_size=100, micro_batch_size=100)
+    """A hundred sequences under one mask: every variant can bring the loss to nearly nothing, by the path that it will be used by."""
+    recipe = {"learning_rate": 1e-2, "batch_size": 100, "micro_batch_size": 100}
+    # the original mixes leaves in training and takes one when it is used, so its decisions are hardened as by default
+    config = penalised(name, **recipe) if name == "original" else config_of(name, **recipe)
     with optimisation.reproducible(0):
         learner = Pretraining(config, new_context())
         batch = learner.masking.apply(learner.corpus[:100], 0, 0)
         losses = []
-        for step in range(160):
-            loss = learner._read(batch)[0]
-            loss.backward()
-            rate = config.learning_rate * schedules.factor("cosine", step / 160, warmup=0.1)
+        for step in range(320):
+            output = learner._read(batch)
+            output.loss.backward()
+            rate = config.learning_rate * schedules.factor("cosine", step / 320, warmup=0.1)
             optimisation.apply_gradients(learner.model, learner.optimizer, rate, config.clip)
-            losses.append(loss.item())
-    assert losses[0] == pytest.approx(np.log(96), abs=0.5)
-    assert losses[-1] < 0.1
+            losses.append(loss_parts(output)[0].item())
+        assert losses[0] == pytest.approx(np.log(96), abs=0.5)
+        assert losses[-1] < 0.02
+        learner.model.eval()
+        with torch.no_grad():
+            assert learner._read(batch).loss < 0.02
