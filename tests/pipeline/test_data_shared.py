@@ -91,29 +91,45 @@ print(json.dumps({"rss": peak, **metrics}))
 """
 
 
-def generate(folder, num_bytes):
-    """Text of a fixed vocabulary, no document twice."""
+def generate(folder, num_bytes, kind):
+    """Text of a fixed vocabulary, no document twice, in one file of the kind, or for Parquet in eight."""
     import random
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
     (folder / "corpus").mkdir(parents=True)
-    with (folder / "corpus" / "text.txt").open("w") as file:
-        while num_bytes > 0:
-            num_bytes -= file.write(" ".join(rng.choices(words, k=300)) + "\n\n")
+    documents = [" ".join(rng.choices(words, k=300)) for _ in range(num_bytes // 1950)]
+    if kind == "parquet":
+        for part in range(8):
+            pq.write_table(pa.table({"text": documents[part::8]}), folder / "corpus" / f"part-{part}.parquet", row_group_size=500)
+    else:
+        lines = [json.dumps({"text": each}) + "\n" for each in documents] if kind == "jsonl" else [each + "\n\n" for each in documents]
+        (folder / "corpus" / f"text.{kind}").write_text("".join(lines))
     return folder
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Ids of the larger corpus alone take more than the growth that is allowed, its text four times that."""
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("txt", 8_000_000),
+        pytest.param("jsonl", 8_000_000, marks=pytest.mark.integration),
+        pytest.param("parquet", 56_000_000, marks=pytest.mark.integration),  # enough to fill what its reader keeps in advance, some 30 MB
+    ],
+)
+def test_memory_does_not_grow_with_the_corpus(kind, size, tmp_path):
+    """Ids of what the larger corpus has more take more than the growth that is allowed, its text four times that."""
 
-    sizes, figures = (8_000_000, 72_000_000), []
-    for size in sizes:
-        folder = generate(tmp_path / str(size), size)
+    figures = []
+    for num_bytes in (size, size + 64_000_000):
+        folder = generate(tmp_path / str(num_bytes), num_bytes, kind)
         done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
         figures.append(json.loads(done.stdout.splitlines()[-1]))
     grown = figures[1]["rss"] - figures[0]["rss"]
     ids = 2 * (figures[1]["data/train_tokens"] - figures[0]["data/train_tokens"])
+    print(f"{kind}: {[each['rss'] >> 20 for each in figures]} MiB")
     assert ids > 16_000_000
     assert grown < 16_000_000

@@ -34,7 +34,8 @@ def shares(loop):
     called = {at: sum(call[3] for caller, call in row[4].items() if caller in own) / total for at, row in stats.items() if at not in own}
     computing = {name: sum(share for at, share in called.items() if at[2] == name) for name in COMPUTING}
     found = {at: share for at, share in called.items() if at[2] not in COMPUTING} | {at: stats[at][2] / total for at in own}
-    print({f"{Path(file).name}:{name}": f"{found[file, line, name]:.2%}" for file, line, name in sorted(found, key=found.get)[-6:]}, computing)
+    most = {f"{Path(file).name}:{name}": f"{found[file, line, name]:.2%}" for file, line, name in sorted(found, key=found.get)[-6:]}
+    print(most, computing)
     assert min(computing.values()) > 0.01
     assert sum(found.values()) + sum(computing.values()) == pytest.approx(1, abs=0.02)  # nothing is left out or counted twice
     return found
@@ -43,9 +44,7 @@ def shares(loop):
 @pytest.mark.integration
 def test_pretraining_computes(new_context):
     model = ModelSettings(hidden_size=128, num_layers=2, num_heads=4, sequence_length=16, feedforward=FEEDFORWARD)
-    config = PretrainConfig(
-        model=model, steps=12, log_every=1, batch_size=128, micro_batch_size=128, evaluations=1
-    )
+    config = PretrainConfig(model=model, steps=12, log_every=1, batch_size=128, micro_batch_size=128, evaluations=1)
     run = Pretraining(config, new_context())
     run.validate = lambda: (1.0, 0.0)  # evaluations are not the loop's
     assert max(shares(run.train).values()) < MOST
