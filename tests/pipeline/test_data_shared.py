@@ -113,23 +113,24 @@ def generate(folder, num_bytes, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "size"),
+    ("kind", "size", "allowed"),
     [
-        ("txt", 8_000_000),
-        pytest.param("jsonl", 8_000_000, marks=pytest.mark.integration),
-        pytest.param("parquet", 56_000_000, marks=pytest.mark.integration),  # enough to fill what its reader keeps in advance, some 30 MB
+        ("txt", 8_000_000, 16_000_000),
+        pytest.param("jsonl", 8_000_000, 16_000_000, marks=pytest.mark.integration),
+        # whose reader keeps some 30 MB in advance, now more and now less
+        pytest.param("parquet", 56_000_000, 32_000_000, marks=pytest.mark.integration),
     ],
 )
-def test_memory_does_not_grow_with_the_corpus(kind, size, tmp_path):
+def test_memory_does_not_grow_with_the_corpus(kind, size, allowed, tmp_path):
     """Ids of what the larger corpus has more take more than the growth that is allowed, its text four times that."""
 
     figures = []
-    for num_bytes in (size, size + 64_000_000):
+    for num_bytes in (size, size + 4 * allowed):
         folder = generate(tmp_path / str(num_bytes), num_bytes, kind)
         done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
         figures.append(json.loads(done.stdout.splitlines()[-1]))
     grown = figures[1]["rss"] - figures[0]["rss"]
     ids = 2 * (figures[1]["data/train_tokens"] - figures[0]["data/train_tokens"])
     print(f"{kind}: {[each['rss'] >> 20 for each in figures]} MiB")
-    assert ids > 16_000_000
-    assert grown < 16_000_000
+    assert ids > allowed
+    assert grown < allowed
