@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fffsweep.pipeline.data.rows import BadRow, BadRows, Row, TaskRows, parse_rows, parse_unlabelled
+from fffsweep.pipeline.data.tables import PlainReader
 from fffsweep.pipeline.tasks import AX, Task
 
 if TYPE_CHECKING:
@@ -17,8 +18,11 @@ _BATCH = 1000
 _CHUNK_BYTES = 1 << 20
 
 
-class DatasetsReader:
-    """Lines and tables of files through `datasets`, streamed; `cache` takes what that library writes aside."""
+class DatasetsReader(PlainReader):
+    """Lines of files through `datasets`, streamed; `cache` takes what that library writes aside.
+
+    Parquet is read plainly: streamed through `datasets` 5.2, with and without Arrow's reading in advance, memory grows with the file.
+    """
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
@@ -26,9 +30,6 @@ class DatasetsReader:
     def lines(self, path: Path) -> Iterator[str]:
         for table in self._stream("text", path, keep_linebreaks=True, chunksize=_CHUNK_BYTES):
             yield from table.column("text").to_pylist()
-
-    def tables(self, path: Path, columns: list[str] | None) -> Iterator[pa.Table]:
-        yield from self._stream("parquet", path, columns=columns, batch_size=_BATCH)
 
     def _stream(self, kind: str, path: Path, **options: Any) -> Iterator[pa.Table]:
         import datasets

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}
+_BUFFER_BYTES = 1 << 20
 _LONGEST_DOCUMENT = 100_000
 _LONGEST_RECORD = 100_000  # lines
 
@@ -47,7 +48,7 @@ class DataFile:
 
 
 class Reader(Protocol):
-    """How bytes become lines and tables: plainly while planning, through `datasets` in prepare."""
+    """How bytes become lines and tables: plainly while planning, lines through `datasets` in prepare."""
 
     def lines(self, path: Path) -> Iterator[str]:
         """Lines of a UTF-8 file with their ends."""
@@ -59,7 +60,7 @@ class Reader(Protocol):
 
 
 class PlainReader:
-    """Reads without `datasets`; for planning, which must not import it."""
+    """Reads without `datasets`; for planning, which must not import it. Memory does not grow with a file."""
 
     def lines(self, path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
@@ -69,7 +70,8 @@ class PlainReader:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(path).iter_batches(1000, columns=columns):
+        # by default all that was read of a file is kept until its end
+        for batch in pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES).iter_batches(1000, columns=columns):
             yield pa.Table.from_batches([batch])
 
 
