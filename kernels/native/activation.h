@@ -1,10 +1,12 @@
 // The activations of fffsweep.kernels.activations and their slopes, on whole vectors.
 #pragma once
+#include "cmm.h"
 #include "simd.h"
 
 namespace CMM_ISA {
 
 enum Activation { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4, kGeluTanh = 5 };
+static_assert(kGeluTanh + 1 == CMM_NUM_ACTIVATIONS);
 constexpr float kLeakySlope = 0.01f;
 
 // exp(a): 2**n times the Taylor series on |r| <= ln(2)/2, whose eighth term is below half a unit in the last place. NaN stays NaN.

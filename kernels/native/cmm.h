@@ -10,6 +10,7 @@ extern "C" {
 
 enum cmm_dtype { CMM_F32 = 0, CMM_BF16 = 1, CMM_I8 = 2 };
 enum cmm_isa { CMM_GENERIC = 0, CMM_AVX2 = 1, CMM_AVX512 = 2, CMM_AVX512_BF16 = 3, CMM_NUM_ISA = 4 };
+enum { CMM_NUM_ACTIVATIONS = 6 };
 
 typedef struct cmm_layer {
   const void* w_in;

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "cmm.h"
 #include "output_pool.h"
 
@@ -48,13 +50,15 @@ inline int32_t dtype_of(const Tensor& tensor) {
 
 inline const cmm_kernels* kernels_of(int64_t isa) {
   static const int32_t best = cmm_best_isa();
-  const cmm_kernels* kernels = cmm_kernels_of(isa < 0 ? best : (int32_t)isa);
+  const cmm_kernels* kernels = cmm_kernels_of(isa < 0 ? best : (int32_t)std::min<int64_t>(isa, CMM_NUM_ISA));
   TORCH_CHECK_VALUE(kernels, "cmm: this processor or this build has no instruction set ", isa);
   return kernels;
 }
 
 inline cmm_layer layer_of(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const Tensor& w_out, int64_t levels,
-                   int64_t activation) {
+                          int64_t activation) {
+  TORCH_CHECK_VALUE(activation >= 0 && activation < CMM_NUM_ACTIVATIONS, "cmm: activation is ", activation, ", expected a code from 0 to ",
+                    CMM_NUM_ACTIVATIONS - 1);
   return {w_in.const_data_ptr(), b_in ? b_in->const_data_ptr() : nullptr, w_out.const_data_ptr(), w_in.size(2), w_in.size(1),
           (int32_t)w_in.size(0), (int32_t)levels, (int32_t)activation, dtype_of(w_in), dtype_of(x), nullptr, nullptr};
 }

@@ -89,7 +89,10 @@ def test_a_trace_holds_the_operator() -> None:
         ({4: 2**70}, OverflowError, "too (big|large)"),
         ({4: "3"}, RuntimeError, "levels"),
         ({1: None}, ValueError, "expected x"),
+        ({5: 6}, ValueError, "activation is 6, expected a code from 0 to 5"),
+        ({5: -1}, ValueError, "activation is -1, expected a code from 0 to 5"),
         ({6: 99}, ValueError, "no instruction set 99"),
+        ({6: 2**32}, ValueError, "no instruction set 4294967296"),
     ],
 )
 def test_errors_are_raised_in_python(change: dict[int, object], error: type[Exception], message: str) -> None:

@@ -42,6 +42,21 @@ def test_wrong_arguments_are_named(change, message) -> None:
         cmm(*change(arguments()))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: (a[0].tolist(), *a[1:]), r"x is list: expected a torch tensor$"),
+        (lambda a: (a[0], None, *a[2:]), r"w_in is NoneType: expected a torch tensor$"),
+        (lambda a: (*a[:2], 1.0, *a[3:]), r"b_in is float: expected a torch tensor or None"),
+        (lambda a: (*a[:3], a[3].numpy(), a[4]), r"w_out is ndarray: expected a torch tensor$"),
+    ],
+)
+def test_what_is_no_tensor_is_named(change, message, autocast) -> None:
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(ValueError, match=message):
+        cmm(*change(arguments()))
+
+
 def test_unknown_names_list_the_choices_nearest_first() -> None:
     with pytest.raises(ValueError, match="activation='gelo': expected one of gelu,"):
         cmm(*arguments(), "gelo")
