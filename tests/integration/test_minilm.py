@@ -1,10 +1,11 @@
 """A pretrained model that nobody here wrote: the finetune stage beside a plain transformers loop, and its tokens beside ours.
 
-The default is the smallest size that says something. In full, hours on two cores:
-FFFSWEEP_MINILM_ROWS=10000 FFFSWEEP_MINILM_EPOCHS=3 pytest tests/integration/test_minilm.py -m integration -s
+The default is the smallest size that says something. In full, an hour on two cores:
+FFFSWEEP_MINILM_ROWS=10000 FFFSWEEP_MINILM_EPOCHS=3 FFFSWEEP_MINILM_SEEDS=3 pytest tests/integration/test_minilm.py -m integration -s
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -87,18 +88,20 @@ def test_our_token_ids_are_its_tokenizer_s(minilm, prepared, tmp_path):
     assert [row.tolist() for row in ours] == expected["input_ids"]
 
 
+@pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("FFFSWEEP_MINILM_SEEDS", 1))))
 @pytest.mark.parametrize("task", ROWS)
-def test_the_stage_scores_as_a_plain_transformers_loop(task, unchanged, minilm, prepared, new_context):
+def test_the_stage_scores_as_a_plain_transformers_loop(task, seed, unchanged, minilm, prepared, new_context):
     rows = int(os.environ.get("FFFSWEEP_MINILM_ROWS", ROWS[task]))
     epochs = int(os.environ.get("FFFSWEEP_MINILM_EPOCHS", 1))
     recipe = {"epochs": epochs, "batch_size": 16, "learning_rate": 1e-4, "max_rows": rows}
-    context = new_context(seed=1, inputs={"prepare": prepared, "pretrain": unchanged})
+    context = new_context(seed=seed, inputs={"prepare": prepared, "pretrain": unchanged})
     metrics = get_stage("finetune").run(FinetuneConfig(task=task, **recipe), context)
-    loss, predictions = plain_loop(minilm, prepared, task, epochs, 16, 1e-4, seed=1, max_rows=rows)
+    loss, predictions = plain_loop(minilm, prepared, task, epochs, 16, 1e-4, seed=seed, max_rows=rows)
     known = PreparedData(prepared).task(task)
     decided = predictions if task != "stsb" else decide(known.task, predictions[:, None])
     plain = scores(known.task, decided, known.splits["validation"].labels)
-    print(task, rows, "rows:", {name: (metrics[f"validation/{name}"], value) for name, value in plain.items()})
+    figures = {name: (metrics[f"validation/{name}"], value) for name, value in plain.items()} | {"loss": (metrics["train/loss"], loss)}
+    print(json.dumps({"task": task, "seed": seed, "rows": metrics["data/train_rows"], "epochs": epochs, "stage and loop": figures}))
     for name, value in plain.items():
         assert abs(metrics[f"validation/{name}"] - value) < 0.01, name
     assert metrics["train/loss"] == pytest.approx(loss, rel=1e-3)
