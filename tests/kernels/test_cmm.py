@@ -236,7 +236,8 @@ def test_forced_paths_are_followed_by_both_torch_forms() -> None:
 
 
 @native
-def test_compile_and_export_keep_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.integration)])
+def test_compile_and_export_keep_one_graph(backend: str) -> None:
     x, w_in, b_in, w_out, shape = arguments("2x3", 12, 6)
 
     class Layer(torch.nn.Module):
@@ -245,10 +246,10 @@ def test_compile_and_export_keep_one_graph() -> None:
             self.w_in, self.b_in, self.w_out = (torch.nn.Parameter(each.clone()) for each in (w_in, b_in, w_out))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return cmm(x, self.w_in, self.b_in, self.w_out, shape)
+            return x + cmm(2 * torch.tanh(x), self.w_in, self.b_in, self.w_out, shape)
 
     eager, compiled = Layer(), Layer()
-    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    run = torch.compile(compiled, fullgraph=True, backend=backend)
     for count in (6, 9):
         batch = torch.randn(count, 12)
         torch.testing.assert_close(run(batch), eager(batch))
