@@ -28,13 +28,18 @@ def metrics_of(config: SweepConfig) -> list[str]:
     stages = config.stages
     trained = _PRETRAIN if stages.pretrain is not None else _CONVERT
     metrics = ["quality/avg", *(f"task/{task}/selection" for task in stages.finetune.tasks), *trained]
-    if stages.pretrain is not None and _dense_layout(config) is None:
+    if _has_layouts(config) and _dense_layout(config) is None:
         metrics += _TREE
     for stage, benchmark in stages.benchmarks.items():
         device = stage.removeprefix("benchmark_")
         metrics += [f"ff/{device}/{figure}" for figure in _BENCHMARK]
         metrics += [f"ff/{device}/{point.label}/{figure}" for point in benchmark.points for figure in _BENCHMARK]
     return metrics
+
+
+def _has_layouts(config: SweepConfig) -> bool:
+    """Whether there is more than controls: a study of existing encoders may do without."""
+    return config.search is not None or bool(config.shapes)
 
 
 def _dense_layout(config: SweepConfig) -> str | None:
@@ -52,7 +57,7 @@ def unknown_metric(metric: str, config: SweepConfig) -> str:
         why = "a validation split is only reported; objectives take the rows held out for selection"
     elif metric.startswith(("ff/cpu/", "ff/gpu/")) and not any(name.startswith(metric[:7]) for name in known):
         why = f"no stage produces it, add stages.benchmark_{metric[3:6]}"
-    elif metric in _TREE and config.stages.pretrain is not None:
+    elif metric in _TREE and _has_layouts(config):
         why = f"layout {_dense_layout(config)} has no branches to count, and all trials need it"
     else:
         why = "no configured stage produces it"

@@ -74,6 +74,14 @@ def test_an_encoder_without_wordpiece_is_refused(folder):
         checked(folder)
 
 
+def test_figures_of_branches_are_an_objective_where_new_layers_have_them(folder):
+    objectives = "objectives={quality/avg: maximize, tree/dead_nodes: minimize}"
+    assert "tree/dead_nodes" in loaded(folder, objectives).objectives
+    for layouts, why in (("[30x0]", "layout 30x0 has no branches to count"), ("[]", "no configured stage produces it")):
+        with pytest.raises(ConfigError, match=f"objective tree/dead_nodes: {why}"):
+            loaded(folder, objectives, layouts=layouts)
+
+
 def distilbert(folder):
     model = DistilBertModel(DistilBertConfig(vocab_size=6, dim=16, n_layers=2, n_heads=2, hidden_dim=30))
     model.save_pretrained(folder)
