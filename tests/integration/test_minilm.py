@@ -1,6 +1,6 @@
 """A pretrained model that nobody here wrote: the finetune stage beside a plain transformers loop, and its tokens beside ours.
 
-The default is the smallest size that says something. In full, an hour on two cores:
+The default is the smallest size that says something. In full, hours on two cores:
 FFFSWEEP_MINILM_ROWS=10000 FFFSWEEP_MINILM_EPOCHS=3 FFFSWEEP_MINILM_SEEDS=3 pytest tests/integration/test_minilm.py -m integration -s
 """
 
