@@ -58,14 +58,14 @@ def random_layer(
 def check_call(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, shape: TreeShape, activation: str) -> None:
     """Raise ValueError that names the argument, what it is and what it should be, unless a layer may be called with these."""
     activation_of(activation)
-    for name, each in {"x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out}.items():
+    given = {"w_in": w_in, "w_out": w_out, "b_in": b_in}
+    for name, each in {"x": x, **given}.items():
         if not isinstance(each, Tensor) and not (name == "b_in" and each is None):
             raise ValueError(f"{name} is {type(each).__name__}: expected a torch tensor{' or None' if name == 'b_in' else ''}")
     if x.dim() == 0:
         raise ValueError("x has no dimension: expected [tokens, hidden] or [..., hidden]")
     hidden = x.shape[-1]
     expected = {"w_in": (shape.trees, shape.nodes, hidden), "w_out": (shape.trees, shape.nodes, hidden), "b_in": (shape.trees, shape.nodes)}
-    given = {"w_in": w_in, "w_out": w_out, "b_in": b_in}
     if x.dtype not in FLOATING:
         raise ValueError(f"x is {x.dtype}: expected one of {', '.join(str(each) for each in FLOATING)}")
     for name, tensor in given.items():
