@@ -1,20 +1,21 @@
 """Training speed: steps of pretraining and of finetuning with a tree by CMM, by its masked form, and with a dense layer as wide.
 
 `python -m fffsweep.pipeline.bench` times twelve layers of the published width and vocabulary; options make it smaller.
-`--device cuda --precision bf16` trains on a GPU as the stages do there. Each variant lives in a process of its own, so that its peak
-memory is its own; their steps alternate. Finetuning follows when pretraining has ended: three models are in memory at a time.
+`--device cuda --precision bf16` trains on a GPU as the stages do there. What each variant's feedforward layer runs is gated first, forward
+and backward. Each variant lives in a process of its own, so that its peak memory is its own; their steps alternate. Finetuning follows
+when pretraining has ended: three models are in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -22,11 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fffsweep.kernels.shape import TreeShape, parse_layout
-from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline.machine import write_benchmark
 from fffsweep.pipeline.stages.finetune import FinetuneRecipe
 from fffsweep.pipeline.stages.pretrain import PretrainRecipe
 
-SCHEMA = "fffsweep.bench/1"
 Batch = Callable[[int], dict[str, Any]]
 
 
@@ -69,8 +69,29 @@ PHASES = ("pretrain", "finetune")
 
 
 def time_training(case: TrainingCase) -> list[dict[str, Any]]:
-    """A row for each phase and variant: tokens a second of whole steps (forward, backward, AdamW), alternating, and peak memory."""
-    return [row for phase in PHASES for row in _time_phase(case, phase)]
+    """A row for each phase and variant: tokens a second of whole steps (forward, backward, AdamW), alternating, and peak memory.
+
+    `verified`: what the variant's feedforward layer runs passed the gate of the kernels, on as many tokens as a step has.
+    """
+    verified = {name: _verified(case, name) for name in VARIANTS}
+    return [row | {"verified": verified[row["variant"]]} for phase in PHASES for row in _time_phase(case, phase)]
+
+
+def _verified(case: TrainingCase, name: str) -> bool:
+    import torch
+
+    from fffsweep.kernels import registry, timing
+    from fffsweep.kernels.cmm import choose
+    from fffsweep.kernels.gate import passes
+    from fffsweep.kernels.layer import random_layer
+
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    weights = random_layer(TreeShape(case.shape.width, 0) if name == "dense" else case.shape, case.hidden)
+    tokens = torch.randn(case.batch * case.sequence_length, case.hidden, generator=torch.Generator().manual_seed(1))
+    like = torch.empty(0, case.hidden, dtype=dtype, device=case.device)
+    chosen = registry.find("masked" if name == "masked" else choose(like, like, weights.shape))
+    with timing.pinned(case.threads):
+        return passes(chosen, weights, tokens, dtype, backward=True, device=case.device).verified
 
 
 def _time_phase(case: TrainingCase, phase: str) -> list[dict[str, Any]]:
@@ -199,13 +220,13 @@ def _sequences(case: TrainingCase) -> NDArray[np.int64]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table, or with --json the rows."""
+    """Print a table, and write rows with --json FILE; 0 if every variant passed the gate, 1 if not, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="fffsweep bench --suite training", description=(__doc__ or "").splitlines()[0])
     for name, default in asdict(TrainingCase()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows with their provenance")
     options = vars(parser.parse_args(arguments))
-    as_json = options.pop("json")
+    target = options.pop("json")
     try:
         case = TrainingCase(**options)
     except ValueError as error:
@@ -215,14 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("device='cuda': torch finds no CUDA device here; run where there is one, or leave --device out", file=sys.stderr)
         return 2
     rows = time_training(case)
-    if as_json:
-        print(json.dumps({"schema": SCHEMA, "provenance": provenance(), "rows": rows}, indent=1))
-        return 0
     print(f"{'phase':8} {'variant':8} {'tokens/s':>10} {'vs dense':>9} {'vs masked':>10} {'peak MiB':>9}")
     for row in rows:
         figures = f"{row['tokens_per_s']:10.0f} {row['speedup_vs_dense']:9.2f} {row['speedup_vs_masked']:10.2f}"
-        print(f"{row['phase']:8} {row['variant']:8} {figures} {(row['peak_device_bytes'] or row['peak_rss_bytes']) / 2**20:9.0f}")
-    return 0
+        memory = (row["peak_device_bytes"] or row["peak_rss_bytes"]) / 2**20
+        print(f"{row['phase']:8} {row['variant']:8} {figures} {memory:9.0f}{'' if row['verified'] else '  GATE FAILED'}")
+    if target:
+        write_benchmark(target, rows)
+    return 0 if all(row["verified"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ worst case for caches.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,10 +23,9 @@ from fffsweep.kernels.gate import passes
 from fffsweep.kernels.measure import DTYPES
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.feedforward import FeedForwardLayer
-from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline.machine import write_benchmark
 from fffsweep.pipeline.model import FffConfig, FffModel
 
-SCHEMA = "fffsweep.bench/1"
 VARIANTS = ("dense", "cmm", "none")
 
 
@@ -128,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     parser.add_argument("--batch", default="1,8,32", help="sequences at once, several by commas")
     parser.add_argument("--min-time", type=float, default=5.0, help="seconds of alternating samples a batch size")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows with their provenance")
     options = vars(parser.parse_args(arguments))
     target, min_time_s, batch = options.pop("json"), options.pop("min_time"), options.pop("batch")
     try:
@@ -146,8 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         bound = f"{row['fraction_of_bound']:13.1%}" if row["variant"] == "cmm" else ""
         print(f"{row['batch']:5} {row['variant']:8} {row['ms']:9.1f} {spread:>17} {row['speedup_vs_dense']:8.2f}x {bound}")
     if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"schema": SCHEMA, "provenance": provenance(), "rows": rows}, indent=1) + "\n")
+        write_benchmark(target, rows)
     return 0 if all(row["verified"] is not False for row in rows) else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -80,6 +81,13 @@ def provenance() -> dict[str, Any]:
         "host": platform.node(),
         "load_1min": os.getloadavg()[0],
     }
+
+
+def write_benchmark(target: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of a benchmark as JSON, with the provenance of here and now."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    report = {"schema": "fffsweep.bench/1", "provenance": provenance(), "rows": rows}
+    target.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 @functools.cache

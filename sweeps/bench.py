@@ -25,9 +25,8 @@ from typing import Any
 
 import psutil
 
-from fffsweep.pipeline.machine import provenance
+from fffsweep.pipeline.machine import write_benchmark
 
-SCHEMA = "fffsweep.bench/1"
 NUM_STAGES = 12  # of a trial's own; the `prepare` that all share comes on top
 _TASKS = ("a", "b", "c")
 
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--trials", type=int, default=1000, help="of twelve stage runs each (default: 1000)")
     parser.add_argument("--no-peer", action="store_true", help="leave Ray Tune out")
     parser.add_argument("--results", type=Path, help="empty folder that keeps the study; without it nothing is kept")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows with their provenance")
     options = parser.parse_args(list(arguments))
     if options.trials < 1:
         raise ValueError(f"--trials {options.trials}: expected at least 1")
@@ -204,8 +203,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as aside:
         rows = measure(options.trials, options.results or Path(aside), not options.no_peer)
     if options.json:
-        print(json.dumps({"schema": SCHEMA, "provenance": provenance(), "rows": rows}, indent=1, allow_nan=False))
-        return 0
+        write_benchmark(options.json, rows)
     for row in rows:
         line = f"{row['implementation']:9}  {row['trials']} trials  {row['stages']} stages  {row['wall_s']:.1f} s"
         line += f"  {1e3 * row['s_per_trial']:.0f} ms a trial  {row['overhead_ms_per_stage']:.1f} ms a stage on {row['cores']} cores"

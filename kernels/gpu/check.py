@@ -30,7 +30,7 @@ SANITIZER_SHARE = 0.25
 TRAINING_TESTS_S = 60
 TRAINING_SHARE = 0.3  # of the time left for timing, where training can be timed
 TRAINING_PACKAGES = ("pydantic", "pyarrow", "tokenizers", "transformers")
-TRAINING = ["--device", "cuda", "--precision", "bf16", "--batch", "128", "--steps", "8", "--json"]
+TRAINING = ["--device", "cuda", "--precision", "bf16", "--batch", "128", "--steps", "8"]
 RUNS: tuple[tuple[float, list[str]], ...] = (  # share of the time for the benchmark, and what is timed in it
     (0.35, ["--tokens", "1,16,128,1024,16384,65536", "--dtype", "bfloat16"]),
     (0.15, ["--tokens", "1,128,16384", "--dtype", "bfloat16", "--mode", "cold"]),
@@ -130,33 +130,37 @@ def _test_training() -> int:
     return done.returncode
 
 
-def _time_training(timeout_s: float) -> list[dict[str, Any]]:
-    """Rows of `python -m fffsweep.pipeline.bench` on the device; none, and why, where it does not run."""
+def _time_training(timeout_s: float, part: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Status and rows of `python -m fffsweep.pipeline.bench` on the device, by way of `part`; no rows, and why, where it gave none."""
     if reason := _missing(*TRAINING_PACKAGES):
         print(f"training speed: {reason}")
-        return []
-    command = [sys.executable, "-m", "fffsweep.pipeline.bench", *TRAINING]
+        return 0, []
+    command = [sys.executable, "-m", "fffsweep.pipeline.bench", *TRAINING, "--json", str(part)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
-    except subprocess.SubprocessError as error:
-        print(f"training speed: not measured: {error}\n{(getattr(error, 'stderr', None) or '')[-1000:]}")
-        return []
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"training speed: not measured in {timeout_s:.0f} s")
+        return 0, []
+    if done.returncode:
+        part.unlink(missing_ok=True)
+        print(f"training speed: no times, status {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
+        return done.returncode, []
+    rows: list[dict[str, Any]] = json.loads(part.read_text())["rows"]
+    part.unlink()
     for row in rows:
         speed = f"{row['tokens_per_s']:12,.0f} tokens/s {row['speedup_vs_dense']:6.2f} x dense"
         print(f"{row['phase']:8} {row['layout']} {row['variant']:7}{speed}")
-    return rows
+    return 0, rows
 
 
 def _bench(options: argparse.Namespace, began: float) -> int:
     def left() -> float:
         return float(options.budget_s) - (time.monotonic() - began)
 
-    status, rows, results = 0, [], []
+    status, rows, results, part = 0, [], [], options.results / ".gpu_part.json"
     end = left() * TRAINING_SHARE if _missing(*TRAINING_PACKAGES) is None else 0.0
     shares = sum(share for share, _ in RUNS)
     for share, arguments in RUNS:
-        part = options.results / ".gpu_part.json"
         budget = max(10.0, (left() - end) * share / shares)  # what earlier ones did not need is there for later ones
         shares -= share
         status |= bench.main([*arguments, "--budget-s", str(budget), "--json", str(part), "--seed", str(options.seed)])
@@ -167,7 +171,8 @@ def _bench(options: argparse.Namespace, began: float) -> int:
     device = re.sub(r"[^a-z0-9]+", "_", str(provenance["gpu"]).lower()).strip("_")
     target = options.results / f"cmm_gpu_{device}_{datetime.datetime.now(datetime.UTC).date()}.json"
     left_out = [case for each in results for case in each["left_out"]]
-    training = _time_training(max(30.0, left()))
+    failed, training = _time_training(max(30.0, left()), part)
+    status |= failed
     verdicts = goals.verdicts([*rows, *training])
     found = {"schema": bench.SCHEMA, "provenance": provenance, "left_out": left_out, "goals": verdicts, "rows": [*rows, *training]}
     target.write_text(json.dumps(found, indent=1) + "\n")

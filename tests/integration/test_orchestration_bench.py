@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_rows(tmp_path, capsys):
-    assert main(["--trials", "4", "--no-peer", "--json", "--results", str(tmp_path / "results")]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    assert main(["--trials", "4", "--no-peer", "--json", str(tmp_path / "rows.json"), "--results", str(tmp_path / "results")]) == 0
+    answer = json.loads((tmp_path / "rows.json").read_text())
     (row,) = answer["rows"]
     assert (row["trials"], row["stages"]) == (4, 4 * NUM_STAGES + 1)
     assert row["overhead_ms_per_stage"] > 0

@@ -100,3 +100,21 @@ def test_the_gate_holds_a_batch_as_large_as_the_timed_one(backward):
     )
     assert verify(broken, weights, fresh).verified
     assert not verify(amid(broken, x, places), weights, fresh).verified
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s", "answer", "said"),
+    [
+        ("import sys; open(sys.argv[-1], 'w').write('{\"rows\": []}')", 60, (0, []), ""),
+        ("print('GATE FAILED'); raise SystemExit(1)", 60, (1, []), "GATE FAILED"),
+        ("import time; time.sleep(60)", 0.2, (0, []), "not measured in 0 s"),
+    ],
+    ids=["timed", "gate-failed", "too-slow"],
+)
+def test_training_that_fails_its_gate_fails_the_check(code, limit_s, answer, said, tmp_path, monkeypatch, capsys):
+    run, part = check.subprocess.run, tmp_path / "part.json"
+    monkeypatch.setattr(check, "_missing", lambda *packages: None)
+    monkeypatch.setattr(check.subprocess, "run", lambda command, **how: run([command[0], "-c", code, *command[3:]], **how))
+    assert check._time_training(limit_s, part) == answer
+    assert said in capsys.readouterr().out
+    assert not part.exists()

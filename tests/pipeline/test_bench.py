@@ -1,28 +1,63 @@
 """Training speed, on a size that takes a moment."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fffsweep.kernels import gate
+from fffsweep.kernels.gate import passes
+from fffsweep.pipeline import bench
 from fffsweep.pipeline.bench import main
+
+ROW = {"tokens_per_s": 1.0, "speedup_vs_dense": 1.0, "speedup_vs_masked": 1.0, "peak_rss_bytes": 1, "peak_device_bytes": None}
+
+
+SMALL = [
+    "--layout=1x6",
+    "--hidden=16",
+    "--num-layers=1",
+    "--num-heads=2",
+    "--vocabulary=64",
+    "--sequence-length=8",
+    "--batch=2",
+    "--threads=1",
+    "--steps=2",
+]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.integration), pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_rows_of_every_variant(capsys, device):
+def test_rows_of_every_variant(tmp_path, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    sizes = {"layout": "1x6", "hidden": 16, "num-layers": 1, "num-heads": 2, "vocabulary": 64, "sequence-length": 8, "batch": 2}
-    where = [f"--device={device}", "--precision=bf16"]
-    assert main([*(f"--{name}={value}" for name, value in sizes.items()), *where, "--threads=1", "--steps=2", "--json"]) == 0
-    rows = {(row["phase"], row["variant"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    target = tmp_path / "deep" / "rows.json"
+    assert main([*SMALL, f"--device={device}", "--precision=bf16", f"--json={target}"]) == 0
+    rows = {(row["phase"], row["variant"]): row for row in json.loads(target.read_text())["rows"]}
     assert list(rows) == [(phase, variant) for phase in ("pretrain", "finetune") for variant in ("dense", "masked", "cmm")]
     for (phase, _), row in rows.items():
+        assert row["verified"]
         assert row["tokens_per_s"] > 0
         assert row["peak_rss_bytes"] > 1 << 20
         assert (row["device"], row["precision"], row["peak_device_bytes"] is None) == (device, "bf16", device == "cpu")
         for peer in ("dense", "masked"):
             assert row[f"speedup_vs_{peer}"] == pytest.approx(row["tokens_per_s"] / rows[phase, peer]["tokens_per_s"])
+
+
+@pytest.mark.parametrize("wrong", ["dense", "masked", "cmm"])
+def test_a_variant_that_is_wrong_has_its_times_marked(wrong, monkeypatch, capsys):
+    def broken(each, weights, x, dtype, **how):
+        layer = "dense" if weights.shape.depth == 0 else "masked" if each.name == "masked" else "cmm"
+        if layer == wrong:
+            right = each.prepare
+            each = replace(each, prepare=lambda weights: lambda x: right(weights)(x) * 1.01)
+        return passes(each, weights, x, dtype, **how)
+
+    monkeypatch.setattr(gate, "passes", broken)
+    monkeypatch.setattr(bench, "_time_phase", lambda case, phase: [ROW | {"phase": phase, "variant": name} for name in bench.VARIANTS])
+    assert main(SMALL) == 1
+    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "GATE FAILED" in line]
+    assert marked == [wrong] * 2
 
 
 @pytest.mark.parametrize(
