@@ -14,6 +14,7 @@ from fffsweep.dashboards.figures import (
     axis,
     error_bars,
     hover,
+    label,
     level,
     role,
     trial_rows,
@@ -22,6 +23,7 @@ from fffsweep.dashboards.queries import BASELINE, QUALITY_VALIDATION, StudyView
 from fffsweep.dashboards.trial import TrialView
 from fffsweep.kernels.shape import parse_layout
 
+LOSS = "mlm/validation_loss"
 _KINDS = ("layout", "reference", "dense_active", "random_routing", "unchanged")
 _MANY_TRIALS = 60  # beyond, lines through the layouts would only blur
 
@@ -80,6 +82,24 @@ def quality_by_depth(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figur
 
 def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -> Figure:
     """Quality against the neurons used for one token."""
+    caption = "Layouts above the dense_active controls at the same place gain from having more neurons than they use."
+    figure = Figure("quality-active-width", "Quality against active width", caption, {"data": [], "layout": {}})
+    return _by_active_width(view, metric, "quality, x 100", figure)
+
+
+def loss_by_active_width(view: StudyView) -> Figure | None:
+    """Held-out loss of pretraining against the neurons used for one token; None where fewer than two trials have one.
+
+    It tells layouts apart long before the tasks do.
+    """
+    if sum(LOSS in trial.metrics for trial in view.finished) < 2:
+        return None
+    caption = "Layouts below the dense_active controls at the same place gain from having more neurons than they use."
+    figure = Figure("loss-active-width", "Held-out loss against active width", caption, {"data": [], "layout": {}})
+    return _by_active_width(view, LOSS, label(LOSS), figure)
+
+
+def _by_active_width(view: StudyView, metric: str, title: str, figure: Figure) -> Figure:
     groups = _groups(view, metric)
     data = []
     for kind, trials in groups.items():
@@ -87,18 +107,8 @@ def quality_by_active_width(view: StudyView, metric: str = QUALITY_VALIDATION) -
         widths = [trial.active_width for trial in ordered]
         joined = kind in ("layout", "dense_active") and 1 < len(ordered) <= _MANY_TRIALS
         data.append(scatter(view, ordered, widths, metric, kind, mode="lines+markers" if joined else "markers"))
-    layout: Spec = {"xaxis": axis("active width (neurons used for one token)", log=True), "yaxis": axis("quality, x 100")}
-    return _finish(
-        view,
-        metric,
-        groups,
-        Figure(
-            "quality-active-width",
-            "Quality against active width",
-            "Layouts above the dense_active controls at the same place gain from having more neurons than they use.",
-            {"data": data, "layout": layout},
-        ),
-    )
+    layout: Spec = {"xaxis": axis("active width (neurons used for one token)", log=True), "yaxis": axis(title)}
+    return _finish(view, metric, groups, replace(figure, spec={"data": data, "layout": layout}))
 
 
 def _groups(view: StudyView, metric: str) -> dict[str, list[TrialView]]:

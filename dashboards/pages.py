@@ -182,6 +182,7 @@ def depth_page(view: StudyView, query: Query) -> Context:
         found = [
             depth_figures.quality_by_depth(view),
             depth_figures.quality_by_active_width(view),
+            depth_figures.loss_by_active_width(view),
             *speed_figures.speedups(view),
             depth_figures.retention_by_depth(view),
         ]

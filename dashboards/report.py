@@ -163,6 +163,7 @@ def report_figures(view: StudyView) -> list[Figure]:
         figures.pareto(view, *figures.pareto_axes(view)),
         depth_figures.quality_by_depth(view),
         depth_figures.quality_by_active_width(view),
+        depth_figures.loss_by_active_width(view),
         *speed_figures.speedups(view),
         depth_figures.retention_by_depth(view),
         training_figures.curves(view, curved),

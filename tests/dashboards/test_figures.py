@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
@@ -110,6 +111,22 @@ def test_quality_figures_hold_the_measured_values(whole):
     assert at["dense_active(8x5)"] == at["8x5"] == 5
 
 
+def test_the_loss_of_pretraining_stands_beside_the_active_width(whole):
+    drawn = depth_figures.loss_by_active_width(whole)
+    shown = {
+        name: y for trace in drawn.spec["data"] if "customdata" in trace for name, y in zip(trace["customdata"], trace["y"], strict=True)
+    }
+    assert shown == {trial.id: trial.metrics["mlm/validation_loss"] for trial in whole.finished if trial.shape}
+    assert drawn.spec["layout"]["yaxis"]["title"]["text"] == "held-out MLM loss, nats"
+    assert drawn.slug != depth_figures.quality_by_active_width(whole).slug
+    assert "below the dense_active controls" in drawn.caption
+    assert "baseline" not in drawn.caption, "that is one of the tasks"
+
+
+def test_a_loss_by_itself_is_not_drawn(whole):
+    assert depth_figures.loss_by_active_width(SimpleNamespace(finished=whole.finished[:1])) is None
+
+
 def test_speedup_stands_beside_the_limit_and_the_roofline(whole):
     cold, hot = speed_figures.speedups(whole)
     assert (cold.slug, hot.slug) == ("speedup-cold", "speedup-hot")
@@ -179,7 +196,7 @@ def test_paper_averages_recompute():
 def test_figures_for_print(whole, fresh, tmp_path):
     written = report.write(whole, tmp_path / "figures", "figures")
     assert {path.suffix for path in written} == {".svg", ".pdf"}
-    assert len(written) == 14
+    assert len(written) == 16
     assert all(path.stat().st_size > 5000 for path in written)
     with pytest.raises(ValueError, match="no trial has finished yet"):
         report.write(fresh, tmp_path / "none", "figures")
