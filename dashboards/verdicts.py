@@ -100,7 +100,7 @@ def claims(view: StudyView) -> list[Claim]:
         Claim(
             "quality",
             f"Is at least {100 * KEPT:.0f} % of the dense quality kept?",
-            f"quality on the validation splits over that of reference_dense, same seeds, same {budget}",
+            f"quality on the validation splits over that of reference_dense, same seeds, same {budget}{_beside_none(view)}",
             _judge(_kept(view, trees), decidable, lambda trial, gap: _retained(view, trial)),
         ),
         *_speed_claims(view, trees, decidable),
@@ -124,6 +124,13 @@ def claims(view: StudyView) -> list[Claim]:
         ),
     ]
     return [replace(claim, unit=unit) for claim in found]
+
+
+def _beside_none(view: StudyView) -> str:
+    """What is kept without any feedforward layer: where that is as much, keeping it says nothing of trees."""
+    none = view.no_feedforward
+    kept = none and view.retention(none, QUALITY_VALIDATION)
+    return f"; none keeps {_retained(view, none)}" if none and kept else ""
 
 
 def _speed_claims(view: StudyView, trees: Sequence[TrialView], decidable: Decidability) -> list[Claim]:

@@ -8,7 +8,7 @@ import pytest
 
 from fffsweep.dashboards.pages import Query, compare_page
 from fffsweep.dashboards.picks import picks
-from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, REL_TIME, StudyView, load_study
+from fffsweep.dashboards.queries import GPU_REL_TIME, QUALITY, QUALITY_VALIDATION, REL_TIME, StudyView, load_study
 from fffsweep.dashboards.report import tiles
 from fffsweep.dashboards.speed_figures import speedups
 from fffsweep.dashboards.summary import rows, used_columns
@@ -63,6 +63,15 @@ def test_a_missing_reference_is_told_from_an_unfinished_one(whole, fresh):
     trials = json.loads((whole.folder / "study.json").read_text())["trials"]
     without = recorded(whole, trials=[{**trial, "controls": []} for trial in trials if trial["controls"] != ["reference_dense"]])
     assert "reference_dense is not in the study" in decidability(without).reason
+
+
+def test_what_no_layer_keeps_stands_beside_what_trees_keep(whole):
+    kept = whole.retention(whole.no_feedforward, QUALITY_VALIDATION)
+    low, high = kept.interval
+    assert by_slug(whole)["quality"].measure.endswith(f"; none keeps {100 * kept.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    trials = json.loads((whole.folder / "study.json").read_text())["trials"]
+    without = recorded(whole, trials=[trial for trial in trials if trial["controls"] != ["none"]])
+    assert "none" not in by_slug(without)["quality"].measure
 
 
 def test_claims_name_the_budget_and_what_they_count(whole):
