@@ -80,18 +80,12 @@ def time_training(case: TrainingCase) -> list[dict[str, Any]]:
 def _verified(case: TrainingCase, name: str) -> bool:
     import torch
 
-    from fffsweep.kernels import registry, timing
-    from fffsweep.kernels.cmm import choose
-    from fffsweep.kernels.gate import passes
     from fffsweep.kernels.layer import random_layer
+    from fffsweep.pipeline.bench_model import is_right
 
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     weights = random_layer(TreeShape(case.shape.width, 0) if name == "dense" else case.shape, case.hidden)
-    tokens = torch.randn(case.batch * case.sequence_length, case.hidden, generator=torch.Generator().manual_seed(1))
-    like = torch.empty(0, case.hidden, dtype=dtype, device=case.device)
-    chosen = registry.find("masked" if name == "masked" else choose(like, like, weights.shape))
-    with timing.pinned(case.threads):
-        return passes(chosen, weights, tokens, dtype, backward=True, device=case.device).verified
+    dtype, form = torch.bfloat16 if case.precision == "bf16" else torch.float32, "masked" if name == "masked" else ""
+    return is_right(weights, case.batch * case.sequence_length, dtype, case.threads, form=form, backward=True, device=case.device)
 
 
 def _time_phase(case: TrainingCase, phase: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fffsweep.kernels import registry, timing
 from fffsweep.kernels.cmm import choose
 from fffsweep.kernels.gate import passes
+from fffsweep.kernels.layer import LayerWeights
 from fffsweep.kernels.measure import DTYPES
 from fffsweep.kernels.shape import parse_layout
 from fffsweep.pipeline.feedforward import FeedForwardLayer
@@ -81,11 +82,7 @@ def time_model(case: ModelCase, batches: list[int], *, min_time_s: float = 5.0, 
     weights, dtype = tree.weights().to(torch.float32), DTYPES[case.dtype]
     rows = []
     for batch in batches:
-        tokens = torch.randn(batch * case.sequence_length, case.hidden, generator=torch.Generator().manual_seed(1))
-        # what the tree layer runs is the operator's choice
-        chosen = registry.find(choose(tokens.to(dtype), weights.to(dtype).w_in, weights.shape))
-        with timing.pinned(case.threads):
-            verified = passes(chosen, weights, tokens, dtype).verified
+        verified = is_right(weights, batch * case.sequence_length, dtype, case.threads)
         ids = torch.randint(1, case.vocabulary, (batch, case.sequence_length), generator=torch.Generator().manual_seed(2))
         with timing.pinned(case.threads):
             load = timing.load()
@@ -108,6 +105,17 @@ def time_model(case: ModelCase, batches: list[int], *, min_time_s: float = 5.0, 
                 }
             )
     return rows
+
+
+def is_right(
+    weights: LayerWeights, num_tokens: int, dtype: torch.dtype, threads: int, *, form: str = "", backward: bool = False, device: str = "cpu"
+) -> bool:
+    """Whether the implementation `form`, by default the one that `cmm` chooses, passes the gate on so many random tokens."""
+    tokens = torch.randn(num_tokens, weights.w_in.shape[-1], generator=torch.Generator().manual_seed(1))
+    like = torch.empty(0, tokens.shape[-1], dtype=dtype, device=device)
+    chosen = registry.find(form or choose(like, like, weights.shape))
+    with timing.pinned(threads):
+        return passes(chosen, weights, tokens, dtype, backward=backward, device=device).verified
 
 
 def _call(encoder: FffModel, ids: Tensor) -> Callable[[], object]:

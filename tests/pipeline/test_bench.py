@@ -6,14 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fffsweep.kernels import gate
 from fffsweep.kernels.gate import passes
-from fffsweep.pipeline import bench
+from fffsweep.pipeline import bench, bench_model
 from fffsweep.pipeline.bench import main
 
 ROW = {"tokens_per_s": 1.0, "speedup_vs_dense": 1.0, "speedup_vs_masked": 1.0, "peak_rss_bytes": 1, "peak_device_bytes": None}
-
-
 SMALL = [
     "--layout=1x6",
     "--hidden=16",
@@ -53,7 +50,7 @@ def test_a_variant_that_is_wrong_has_its_times_marked(wrong, monkeypatch, capsys
             each = replace(each, prepare=lambda weights: lambda x: right(weights)(x) * 1.01)
         return passes(each, weights, x, dtype, **how)
 
-    monkeypatch.setattr(gate, "passes", broken)
+    monkeypatch.setattr(bench_model, "passes", broken)
     monkeypatch.setattr(bench, "_time_phase", lambda case, phase: [ROW | {"phase": phase, "variant": name} for name in bench.VARIANTS])
     assert main(SMALL) == 1
     marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "GATE FAILED" in line]
