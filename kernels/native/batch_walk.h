@@ -11,17 +11,12 @@ constexpr int kChunk = 1024;         // tokens that walk the top levels together
 constexpr int kStepLevels = 4;       // levels between two bucketings
 constexpr int64_t kStreamBytes = 2 << 20;  // outputs from this size on go past the caches
 
-struct Piece {
-  int32_t node, begin, end;  // tokens order[begin, end) stand at node
-};
-
 // Working memory of a pass over `tokens` tokens of one tree.
 struct PassMemory {
-  float* logits;   // [tokens, stride]
-  int32_t* node;   // of each token, when the walk has reached `stop` levels
-  int32_t* order;
-  int32_t* counts;  // by node of the stop level
-  Piece* pieces;
+  float* logits;             // [tokens, stride]
+  int32_t *order, *sorted;  // of a chunk by the walk of its top levels, then of all by node
+  int32_t *ends, *num_runs;  // by node of the stop level; by chunk
+  Group *runs, *pieces;        // [chunk, kChunk] what stands at one node of the stop level; tiles of tokens at one node
   static int stop_level(int64_t tokens, int levels) {
     int stop = 0;
     while (stop + kStepLevels / 2 < levels && (tokens >> (stop + 1)) >= kSubtreeTokens) stop += kStepLevels / 2;
@@ -29,21 +24,51 @@ struct PassMemory {
   }
   // floats between the logits of two tokens: whole vectors, so that activations need no copy
   static int stride(int levels) { return (int)round_up(levels, 16); }
-  static size_t bytes(int64_t tokens, int levels) {
-    const int64_t buckets = (int64_t(1) << stop_level(tokens, levels)) + 1;
-    return (size_t)(tokens * stride(levels) * 4 + 2 * round_up(tokens * 4, 64) + round_up(buckets * 4, 64) +
-                    round_up((buckets + tokens / kTile + 1) * sizeof(Piece), 64));
+  template <class Take>
+  void lay_out(int64_t tokens, int levels, Take take) {
+    const int64_t buckets = (int64_t(1) << stop_level(tokens, levels)) + 1, chunks = (tokens + kChunk - 1) / kChunk;
+    logits = (float*)take(tokens * stride(levels) * 4);
+    order = (int32_t*)take(tokens * 4);
+    sorted = (int32_t*)take(tokens * 4);
+    ends = (int32_t*)take(buckets * 4);
+    num_runs = (int32_t*)take(chunks * 4);
+    runs = (Group*)take(buckets > 2 ? chunks * kChunk * sizeof(Group) : 0);
+    pieces = (Group*)take((buckets + tokens / kTile + 1) * sizeof(Group));
   }
+  static size_t bytes(int64_t tokens, int levels) {
+    size_t total = 0;
+    PassMemory().lay_out(tokens, levels, [&](int64_t n) { return (void*)(total += (size_t)round_up(n, 64)); });
+    return total;
+  }
+  PassMemory() = default;
   PassMemory(void* memory, int64_t tokens, int levels) {
-    const int64_t buckets = (int64_t(1) << stop_level(tokens, levels)) + 1;
     char* at = (char*)memory;
-    logits = (float*)at, at += tokens * stride(levels) * 4;
-    node = (int32_t*)at, at += round_up(tokens * 4, 64);
-    order = (int32_t*)at, at += round_up(tokens * 4, 64);
-    counts = (int32_t*)at, at += round_up(buckets * 4, 64);
-    pieces = (Piece*)at;
+    lay_out(tokens, levels, [&](int64_t n) {
+      void* here = at;
+      at += round_up(n, 64);
+      return here;
+    });
   }
 };
+
+// Brings the tokens of all runs together by node, order -> sorted; node least + b ends at ends[b], which is zero at first.
+// each(f) calls f for every run.
+template <class Each>
+void gather(Each each, int32_t least, int32_t buckets, int32_t* ends, const int32_t* order, int32_t* sorted) {
+  each([&](const Group& run) { ends[run.node - least] += run.end - run.begin; });
+  for (int32_t b = 0, at = 0; b < buckets; ++b) at += ends[b], ends[b] = at - ends[b];
+  each([&](const Group& run) {
+    int32_t& to = ends[run.node - least];
+    for (int i = run.begin; i < run.end; ++i) sorted[to++] = order[i];
+  });
+}
+
+// Cuts tokens [begin, end) at a node into tiles; how many there are.
+inline int cut(int32_t node, int begin, int end, Group* into) {
+  int count = 0;
+  for (; begin < end; begin += kTile) into[count++] = {node, begin, end - begin < kTile ? end : begin + kTile};
+  return count;
+}
 
 // The pass of tokens [first, first + tokens) through one tree. Y is the type of the output rows `y`, [tokens, hidden].
 template <class X, class Y, class W>
@@ -66,88 +91,83 @@ struct TreePass {
         memory(memory, tokens, call->layer.levels),
         stop(PassMemory::stop_level(tokens, call->layer.levels)) {}
 
-  const typename X::type* x_row(int32_t token) const { return (const typename X::type*)call->x + (first + token) * tree.hidden; }
-
-  void fill(Tile<X>& tile, const Piece& piece) const {
+  Tile<X> tile_of(const Group& piece, int32_t* order) const {
+    Tile<X> tile;
+    tile.x = (const typename X::type*)call->x + first * tree.hidden;
+    tile.x_scale = call->x_scale ? call->x_scale + first : nullptr;
+    tile.logits = memory.logits;
+    tile.hidden = tree.hidden;
+    tile.stride = PassMemory::stride(tree.levels);
+    tile.order = order + piece.begin;
     tile.size = piece.end - piece.begin;
-    for (int i = 0; i < tile.size; ++i) {
-      const int32_t token = memory.order[piece.begin + i];
-      tile.token[i] = token;
-      tile.x[i] = x_row(token);
-      if (call->x_scale) tile.x_scale[i] = call->x_scale[first + token];
-      tile.logits[i] = memory.logits + (int64_t)token * PassMemory::stride(tree.levels);
-    }
+    return tile;
   }
 
   // One chunk of tokens down to the stop level: some levels in pieces of one node each, then sorted by node again.
   void route_chunk(int64_t chunk) const {
     const int begin = (int)(chunk * kChunk), end = (int)(begin + kChunk < tokens ? begin + kChunk : tokens);
-    for (int i = begin; i < end; ++i) memory.order[i] = i, memory.node[i] = 0;
-    Tile<X> tile;
+    for (int i = begin; i < end; ++i) memory.order[i] = i;
+    Group* runs = memory.runs + begin;
+    Group pieces[kChunk];
+    int num_pieces = cut(0, begin, end, pieces), num_runs = 0;
     for (int level = 0; level < stop;) {
       const int next = level + kStepLevels < stop ? level + kStepLevels : stop;
-      Piece piece = piece_at(begin, end), following;
-      for (; piece.begin < end; piece = following) {
-        following = piece_at(piece.end, end);
-        fill(tile, piece);
+      num_runs = 0;
+      for (int p = 0; p < num_pieces; ++p) {
+        const Group& piece = pieces[p];
+        Tile<X> tile = tile_of(piece, memory.order);
         Ahead ahead;
-        if (following.begin < end) announce(ahead, following, level, next, false);
+        if (p + 1 < num_pieces) announce(ahead, tile, pieces[p + 1], memory.order, level, next, false);
         descend(tile, tree, piece.node, level, next, ahead);
-        note(tile);
+        for (int g = 0; g < tile.num_groups; ++g)
+          runs[num_runs++] = {tile.groups[g].node, piece.begin + tile.groups[g].begin, piece.begin + tile.groups[g].end};
       }
-      if (next < stop) sort_chunk(begin, end, next);
+      if (next < stop) num_pieces = sort_chunk(begin, end, next, runs, num_runs, pieces);
       level = next;
     }
+    memory.num_runs[chunk] = num_runs;
   }
 
-  // Tokens from order[begin] on that stand at one node, a tile at most.
-  Piece piece_at(int begin, int end) const {
-    if (begin == end) return {0, end, end};
-    const int32_t node = memory.node[memory.order[begin]];
-    int at = begin + 1;
-    while (at < end && at < begin + kTile && memory.node[memory.order[at]] == node) ++at;
-    return {node, begin, at};
-  }
-
-  void note(const Tile<X>& tile) const {
-    for (int g = 0; g < tile.num_groups; ++g)
-      for (int i = tile.groups[g].begin; i < tile.groups[g].end; ++i) memory.node[tile.token[tile.order[i]]] = tile.groups[g].node;
-  }
-
-  void sort_chunk(int begin, int end, int level) const {
-    int32_t at[kChunk];
+  // Sorts a chunk's tokens by node and cuts them into tiles; how many there are.
+  int sort_chunk(int begin, int end, int level, const Group* runs, int num_runs, Group* pieces) const {
     const int32_t least = (1 << level) - 1, buckets = 1 << level;
-    if (buckets > kChunk) return;  // tokens are nearly alone by then
-    memset(at, 0, buckets * sizeof *at);
-    for (int i = begin; i < end; ++i) ++at[memory.node[i] - least];
-    for (int b = 0, sum = begin; b < buckets; ++b) sum += at[b], at[b] = sum - at[b];
-    for (int i = begin; i < end; ++i) memory.order[at[memory.node[i] - least]++] = i;
+    int num_pieces = 0;
+    if (buckets > kChunk) {  // tokens are nearly alone by then
+      for (int r = 0; r < num_runs; ++r) num_pieces += cut(runs[r].node, runs[r].begin, runs[r].end, pieces + num_pieces);
+      return num_pieces;
+    }
+    int32_t ends[kChunk], order[kChunk];
+    memset(ends, 0, buckets * sizeof *ends);
+    auto each = [&](auto f) { for (int r = 0; r < num_runs; ++r) f(runs[r]); };
+    gather(each, least, buckets, ends, memory.order, order);
+    memcpy(memory.order + begin, order, (end - begin) * sizeof *order);
+    for (int b = 0, from = 0; b < buckets; from = ends[b++])
+      num_pieces += cut(least + b, begin + from, begin + ends[b], pieces + num_pieces);
+    return num_pieces;
   }
 
-  // Sorts the tokens by their node at the stop level and cuts the sorted list into pieces of at most a tile.
+  // Sorts all tokens by node and cuts them into tiles.
   void bucket() {
+    const int32_t least = (1 << stop) - 1, buckets = 1 << stop;
+    int32_t* const ends = memory.ends;
+    memset(ends, 0, buckets * sizeof *ends);
+    const int64_t chunks = stop ? (tokens + kChunk - 1) / kChunk : 0;
+    auto each = [&](auto f) {
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int r = 0; r < memory.num_runs[c]; ++r) f(memory.runs[c * kChunk + r]);
+    };
+    gather(each, least, buckets, ends, memory.order, memory.sorted);
     if (stop == 0) {
-      for (int64_t i = 0; i < tokens; ++i) memory.order[i] = (int32_t)i;
-      memory.counts[0] = (int32_t)tokens;
-    } else {
-      const int32_t least = (1 << stop) - 1;
-      memset(memory.counts, 0, sizeof(int32_t) << stop);
-      for (int64_t i = 0; i < tokens; ++i) ++memory.counts[memory.node[i] - least];
-      int32_t at = 0;
-      for (int32_t b = 0; b <= least; ++b) at += memory.counts[b], memory.counts[b] = at - memory.counts[b];
-      for (int64_t i = 0; i < tokens; ++i) memory.order[memory.counts[memory.node[i] - least]++] = (int32_t)i;
+      for (int64_t i = 0; i < tokens; ++i) memory.sorted[i] = (int32_t)i;
+      ends[0] = (int32_t)tokens;
     }
-    int32_t at = 0;
-    for (int32_t b = 0; b < 1 << stop; ++b) {
-      const int32_t end = memory.counts[b];  // after the sort a count is the end of its bucket
-      for (; at < end; at += kTile) memory.pieces[num_pieces++] = {(1 << stop) - 1 + b, at, end - at < kTile ? end : at + kTile};
-      at = end;
-    }
+    for (int32_t b = 0, from = 0; b < buckets; from = ends[b++])
+      num_pieces += cut(least + b, from, ends[b], memory.pieces + num_pieces);
   }
 
   // Rows that the walk of a piece from `level` to `end` starts with: its tokens', and those of the top of its subtree.
-  void announce(Ahead& ahead, const Piece& piece, int level, int end, bool outputs) const {
-    for (int i = piece.begin; i < piece.end; ++i) ahead.add(x_row(memory.order[i]));
+  void announce(Ahead& ahead, const Tile<X>& tile, const Group& piece, const int32_t* order, int level, int end, bool outputs) const {
+    for (int i = piece.begin; i < piece.end; ++i) ahead.add(tile.row(order[i]));
     for (int below = 0; below < kStepLevels && level + below < end; ++below)
       for (int64_t node = ((int64_t)(piece.node + 1) << below) - 1, n = 0; n < 1 << below; ++n) {
         ahead.add(tree.w_in + (node + n) * tree.hidden);
@@ -158,19 +178,15 @@ struct TreePass {
   template <Store kHow>
   void walk_pieces(int64_t lot) const {
     const int begin = (int)(num_pieces * lot / lots), end = (int)(num_pieces * (lot + 1) / lots);
-    Tile<X> tile;
-    const int stride = PassMemory::stride(tree.levels);
     alignas(64) float hidden[kTile * 32];
     for (int p = begin; p < end; ++p) {
-      const Piece& piece = memory.pieces[p];
-      fill(tile, piece);
+      Tile<X> tile = tile_of(memory.pieces[p], memory.sorted);
       Ahead ahead;
-      if (p + 1 < end) announce(ahead, memory.pieces[p + 1], stop, tree.levels, true);
-      descend(tile, tree, piece.node, stop, tree.levels, ahead);
-      for (int i = 0; i < tile.size; ++i) activate(call->layer.activation, tile.logits[i], hidden + i * stride, nullptr, stride);
-      typename Y::type* rows[kTile];
-      for (int i = 0; i < tile.size; ++i) rows[i] = y + tile.token[i] * tree.hidden;
-      combine<kHow, X, Y, W>(tile, tree, hidden, stride, rows, ahead);
+      if (p + 1 < end) announce(ahead, tile, memory.pieces[p + 1], memory.sorted, stop, tree.levels, true);
+      descend(tile, tree, memory.pieces[p].node, stop, tree.levels, ahead);
+      for (int i = 0; i < tile.size; ++i)
+        activate(call->layer.activation, tile.logits_of(tile.order[i]), hidden + i * tile.stride, nullptr, tile.stride);
+      combine<kHow, X, Y, W>(tile, tree, hidden, y, ahead);
       if (call->logits) keep(tile);
     }
 #if defined(__AVX2__)
@@ -182,9 +198,9 @@ struct TreePass {
     const int32_t trees = call->layer.trees;
     for (int g = 0; g < tile.num_groups; ++g)
       for (int i = tile.groups[g].begin; i < tile.groups[g].end; ++i) {
-        const int64_t token = first + tile.token[tile.order[i]];
-        call->leaves[token * trees + tree_index] = tile.groups[g].node;
-        memcpy(call->logits + (token * trees + tree_index) * tree.levels, tile.logits[tile.order[i]], tree.levels * sizeof(float));
+        const int64_t at = (first + tile.order[i]) * trees + tree_index;
+        call->leaves[at] = tile.groups[g].node;
+        memcpy(call->logits + at * tree.levels, tile.logits_of(tile.order[i]), tree.levels * sizeof(float));
       }
   }
 

@@ -118,6 +118,8 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
   CMM_UNROLL for (int i = 0; i < kNodes * T; ++i) sums[i] = S::none();
   int64_t i = 0;
   for (; i + S::kStep * kLineStep <= hidden; i += S::kStep * kLineStep) {
+    // one index for all rows: compilers else advance a pointer for each, and read those that find no register from the stack in each step
+    if (kNodes + T > 8) asm("" : "+r"(i));
     CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch<X>(later[r] + i * sizeof(typename X::type));
     CMM_UNROLL for (int u = 0; u < kLineStep; ++u) {
       const int64_t at = i + u * S::kStep;

@@ -60,15 +60,19 @@ struct Group {
   int32_t node, begin, end;  // tokens order[begin, end) stand at node
 };
 
+// Tokens are numbers of rows; a walk sorts those of a tile where they lie.
 template <class X>
 struct Tile {
+  const typename X::type* x;  // [tokens, hidden]
+  const float* x_scale;       // [tokens], where weights are scaled
+  float* logits;              // [tokens, stride]
+  int64_t hidden;
+  int stride;
+  int32_t* order;
   int size = 0, num_groups = 0;
-  const typename X::type* x[kTile];
-  int32_t token[kTile];
-  float x_scale[kTile];   // where weights are scaled
-  float* logits[kTile];  // row of each token, as long as its levels
-  uint8_t order[kTile], key[kTile];
   Group groups[kTile];
+  const typename X::type* row(int32_t token) const { return x + token * hidden; }
+  float* logits_of(int32_t token) const { return logits + (int64_t)token * stride; }
 };
 
 // Calls f(integral_constant<T>) for a run-time count of 1 to kBlock tokens.
@@ -111,7 +115,7 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
   const bool scattered = tile.num_groups * kBlock >= tile.size;
   constexpr int kGroupsAhead = kPass == 2 ? 2 : 4;
   Group next[kTile];
-  uint8_t order[kTile];
+  int32_t order[kTile], keys[kTile + kBlock];
   int num_next = 0;
   for (int g = 0; g < tile.num_groups; ++g) {
     const Group group = tile.groups[g];
@@ -122,8 +126,9 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
     Quarters counts;
     for (int at = group.begin; at < group.end; at += kBlock) {
       const int count = group.end - at < kBlock ? group.end - at : kBlock;
+      const int32_t* tokens = tile.order + at;
       const typename X::type* x[kBlock];
-      for (int t = 0; t < count; ++t) x[t] = tile.x[tile.order[at + t]];
+      for (int t = 0; t < count; ++t) x[t] = tile.row(tokens[t]);
       const char* rows[kAheadRows];
       if (scattered) {
         const int64_t later = tile.groups[g + kGroupsAhead < tile.num_groups ? g + kGroupsAhead : g].node;
@@ -135,28 +140,26 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       }
       float found[3 * kBlock] = {};
       with_count(count, [&](auto n) { dots_of<kNodes, n.value, X, W>(x, family, tree.hidden, rows, found); });
-      const uint8_t* tokens = tile.order + at;
       vb x_scale = {}, lower = {};
       for (int t = 0; W::kScaled && t < count; ++t) x_scale[t] = tile.x_scale[tokens[t]];
       // whole vectors, whatever the count: which way a token goes cannot be predicted, so nothing may branch on it
       const vb upper = tree.logit(block_at(found), node, bias[0], x_scale);
       const vi right = upper > 0.0f;
-      vi keys = {};
+      vi key = {};
       if (kPass == 2) {
         const vb l = tree.logit(block_at(found + kBlock), left, bias[1], x_scale);
         const vb r = tree.logit(block_at(found + 2 * kBlock), left + 1, bias[2], x_scale);
         lower = right ? r : l;
-        keys = final ? -right : -2 * right - (lower > 0.0f);
+        key = final ? -right : -2 * right - (lower > 0.0f);
       } else if (!final) {
-        keys = -right;
+        key = -right;
       }
+      memcpy(keys + at, &key, sizeof key);
       for (int t = 0; t < count; ++t) {
-        const int token = tokens[t];
-        float* logits = tile.logits[token] + level;
+        float* logits = tile.logits_of(tokens[t]) + level;
         logits[0] = upper[t];
         if (kPass == 2) logits[1] = lower[t];
-        tile.key[token] = (uint8_t)keys[t];
-        counts.add(keys[t]);
+        counts.add(key[t]);
       }
     }
     // a final pass of one level stays at its node, any other goes to a child, or after two levels to a grandchild
@@ -169,12 +172,11 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
       at += count;
     }
     for (int i = group.begin; i < group.end; ++i) {
-      const int key = tile.key[tile.order[i]];
-      order[place.of(key)] = tile.order[i];
-      place.add(key);
+      order[place.of(keys[i])] = tile.order[i];
+      place.add(keys[i]);
     }
   }
-  memcpy(tile.order, order, tile.size);
+  memcpy(tile.order, order, tile.size * sizeof *order);
   memcpy(tile.groups, next, num_next * sizeof(Group));
   tile.num_groups = num_next;
 }
@@ -182,7 +184,6 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
 // Walks the tokens of a tile from `root` at level `begin` down to level `end`.
 template <class X, class W>
 void descend(Tile<X>& tile, const Tree<W>& tree, int32_t root, int begin, int end, Ahead& ahead) {
-  for (int i = 0; i < tile.size; ++i) tile.order[i] = (uint8_t)i;
   tile.groups[0] = {root, 0, tile.size};
   tile.num_groups = 1;
   while (begin < end) {
@@ -203,10 +204,11 @@ __attribute__((noinline)) void combine_of(const float* const* weights, const typ
   Combine<T, kHow, Y, W>::run(weights, rows, levels, y, hidden, ahead);
 }
 
-// y of the tokens of a tile that stands at its leaves; y are rows by token of the tile, `hidden` its activations [size, stride],
-// which scales of rows are multiplied into.
+// y [tokens, hidden] of the tokens of a tile that stands at its leaves; `hidden` are its activations [size, stride], in its order, which scales of
+// rows are multiplied into.
 template <Store kHow, class X, class Y, class W>
-void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, int stride, typename Y::type* const* y, Ahead& ahead) {
+void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, typename Y::type* y, Ahead& ahead) {
+  const int stride = tile.stride;
 #if defined(__AVX512BF16__)
   constexpr bool kPairs = sizeof(typename Y::type) == 2 && sizeof(typename W::type) == 2 && kHow != kAdd;
   const int pairs = (tree.levels + 1) / 2;
@@ -232,7 +234,7 @@ void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, int stride, type
     for (int level = tree.levels - 1; level >= 0; --level, node = (node - 1) / 2) {
       rows[level] = tree.w_out + node * tree.hidden;
       if constexpr (W::kScaled)
-        for (int i = group.begin; i < group.end; ++i) hidden[tile.order[i] * stride + level] *= tree.scale_out[node];
+        for (int i = group.begin; i < group.end; ++i) hidden[i * stride + level] *= tree.scale_out[node];
     }
     // even shares: of few tokens the multiply-adds wait for one another
     const int all = group.end - group.begin, blocks = (all + kBlock - 1) / kBlock;
@@ -246,17 +248,17 @@ void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, int stride, type
       } else {
         ahead.take(later, kAheadRows, rows[0]);
       }
-      for (int t = 0; t < count; ++t) out[t] = y[tile.order[at + t]];
+      for (int t = 0; t < count; ++t) out[t] = y + tile.order[at + t] * tree.hidden;
 #if defined(__AVX512BF16__)
       if constexpr (kPairs) {
         const uint32_t* weights[kBlock];
-        for (int t = 0; t < count; ++t) weights[t] = packed + tile.order[at + t] * pairs;
+        for (int t = 0; t < count; ++t) weights[t] = packed + (at + t) * pairs;
         with_count(count, [&](auto n) { CombinePairs<n.value, kHow>::run(weights, rows, tree.levels, out, tree.hidden, later); });
         continue;
       }
 #endif
       const float* weights[kBlock];
-      for (int t = 0; t < count; ++t) weights[t] = hidden + tile.order[at + t] * stride;
+      for (int t = 0; t < count; ++t) weights[t] = hidden + (at + t) * stride;
       with_count(count, [&](auto n) { combine_of<n.value, kHow, Y, W>(weights, rows, tree.levels, out, tree.hidden, later); });
     }
   }
