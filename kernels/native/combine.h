@@ -47,7 +47,7 @@ struct Combine {
       vf total[T][kColumns];
       CMM_UNROLL for (int t = 0; t < T; ++t) CMM_UNROLL for (int j = 0; j < kColumns; ++j) total[t][j] = zero();
       for (int k = 0; k < levels; ++k) {
-        if (k < kAheadRows * kLines) prefetch<Y>(ahead[k % kAheadRows] + i * sizeof(typename Y::type) + k / kAheadRows * 64);
+        if (k < kAheadRows * kLines) prefetch<Y, T>(ahead[k % kAheadRows] + i * sizeof(typename Y::type) + k / kAheadRows * 64);
         vf w[kColumns];
         CMM_UNROLL for (int j = 0; j < kColumns; ++j) {
           w[j] = W::load(rows[k] + i + j * kLanes);
@@ -94,7 +94,7 @@ struct CombinePairs {
       __m512 low[T], high[T];
       CMM_UNROLL for (int t = 0; t < T; ++t) low[t] = high[t] = _mm512_setzero_ps();
       for (int k = 0; k < levels; k += 2) {
-        prefetch<BF16>(ahead[k / 2 % kAheadRows] + i * 2);
+        prefetch<BF16, T>(ahead[k / 2 % kAheadRows] + i * 2);
         __m512i first = _mm512_maskz_loadu_epi16(mask, rows[k] + i);
         __m512i second = k + 1 < levels ? _mm512_maskz_loadu_epi16(mask, rows[k + 1] + i) : _mm512_setzero_si512();
         __m512bh even = (__m512bh)_mm512_unpacklo_epi16(first, second), odd = (__m512bh)_mm512_unpackhi_epi16(first, second);

@@ -13,10 +13,11 @@ constexpr int kBlock = 4;
 #endif
 constexpr int kAheadRows = 4;  // rows that are prefetched meanwhile
 
-// Rows of 16-bit elements come into the first-level cache, where they fit beside the tokens of a call and its rows; wider ones into the second.
-template <class E>
+// Rows of the next calls come into the first-level cache where they fit beside the tokens of this one and its rows: those of 16-bit elements, or of
+// few tokens. Others come into the second.
+template <class E, int T>
 CMM_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p, 0, sizeof(typename E::type) == 2 ? 3 : 2);
+  __builtin_prefetch(p, 0, sizeof(typename E::type) == 2 || 2 * T <= kBlock ? 3 : 2);
 }
 
 // One multiply-accumulate step on `kStep` elements of rows of types X and W.
@@ -120,7 +121,7 @@ CMM_INLINE void dots(const typename X::type* const* x, const typename W::type* c
   for (; i + S::kStep * kLineStep <= hidden; i += S::kStep * kLineStep) {
     // one index for all rows: compilers else advance a pointer for each, and read those that find no register from the stack in each step
     if (kNodes + T > 8) asm("" : "+r"(i));
-    CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch<X>(later[r] + i * sizeof(typename X::type));
+    CMM_UNROLL for (int r = 0; r < kAheadRows; ++r) prefetch<X, T>(later[r] + i * sizeof(typename X::type));
     CMM_UNROLL for (int u = 0; u < kLineStep; ++u) {
       const int64_t at = i + u * S::kStep;
       typename S::in row[kNodes];

@@ -113,7 +113,7 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
   constexpr int kNodes = kPass == 2 ? 3 : 1;
   // a call a group or less: the rows of the groups to come are what is missing, not those of the next tile
   const bool scattered = tile.num_groups * kBlock >= tile.size;
-  constexpr int kGroupsAhead = kPass == 2 ? 2 : 4;
+  constexpr int kGroupsAhead = kPass == 2 ? 1 : 2;
   Group next[kTile];
   int32_t order[kTile], keys[kTile + kBlock];
   int num_next = 0;
@@ -134,7 +134,7 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
         const int64_t later = tile.groups[g + kGroupsAhead < tile.num_groups ? g + kGroupsAhead : g].node;
         rows[0] = (const char*)(tree.w_in + later * tree.hidden);
         rows[1] = (const char*)(tree.w_out + node * tree.hidden);
-        for (int r = 2; r < kAheadRows; ++r) rows[r] = kPass == 2 ? (const char*)(tree.w_in + (2 * later + r - 1) * tree.hidden) : rows[1];
+        for (int r = 2; r < kAheadRows; ++r) rows[r] = kPass == 2 ? (const char*)(tree.w_in + (2 * later + r - 1) * tree.hidden) : (const char*)family[0];
       } else {
         ahead.take(rows, kAheadRows, family[0]);
       }
