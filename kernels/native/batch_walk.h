@@ -13,10 +13,13 @@ constexpr int64_t kStreamBytes = 2 << 20;  // outputs from this size on go past 
 
 // Working memory of a pass over `tokens` tokens of one tree.
 struct PassMemory {
-  float* logits;             // [tokens, stride]
-  int32_t *order, *sorted;  // of a chunk by the walk of its top levels, then of all by node
-  int32_t *ends, *num_runs;  // by node of the stop level; by chunk
-  Group *runs, *pieces;        // [chunk, kChunk] what stands at one node of the stop level; tiles of tokens at one node
+  float* logits;    // [tokens, stride]
+  int32_t* order;   // tokens, chunk by chunk as the walk of the top levels leaves them
+  Group* runs;      // [chunks, kChunk] of `order`: what stands together at one node of the stop level
+  int32_t* num_runs;  // by chunk
+  int32_t* sorted;  // all tokens, by node of the stop level
+  int32_t* ends;    // by node
+  Group* pieces;    // of `sorted`: tiles
   static int stop_level(int64_t tokens, int levels) {
     int stop = 0;
     while (stop + kStepLevels / 2 < levels && (tokens >> (stop + 1)) >= kSubtreeTokens) stop += kStepLevels / 2;

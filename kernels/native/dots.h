@@ -13,8 +13,8 @@ constexpr int kBlock = 4;
 #endif
 constexpr int kAheadRows = 4;  // rows that are prefetched meanwhile
 
-// Rows of the next calls come into the first-level cache where they fit beside the tokens of this one and its rows: those of 16-bit elements, or of
-// few tokens. Others come into the second.
+// Rows of the next calls come into the first-level cache where they fit beside the tokens of this one and its rows: those of 16-bit
+// elements, or of few tokens. Others come into the second.
 template <class E, int T>
 CMM_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, sizeof(typename E::type) == 2 || 2 * T <= kBlock ? 3 : 2);

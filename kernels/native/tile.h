@@ -134,7 +134,8 @@ void pass(Tile<X>& tile, const Tree<W>& tree, int level, bool final, Ahead& ahea
         const int64_t later = tile.groups[g + kGroupsAhead < tile.num_groups ? g + kGroupsAhead : g].node;
         rows[0] = (const char*)(tree.w_in + later * tree.hidden);
         rows[1] = (const char*)(tree.w_out + node * tree.hidden);
-        for (int r = 2; r < kAheadRows; ++r) rows[r] = kPass == 2 ? (const char*)(tree.w_in + (2 * later + r - 1) * tree.hidden) : (const char*)family[0];
+        for (int r = 2; r < kAheadRows; ++r)
+          rows[r] = (const char*)(kPass == 2 ? tree.w_in + (2 * later + r - 1) * tree.hidden : family[0]);
       } else {
         ahead.take(rows, kAheadRows, family[0]);
       }
@@ -204,8 +205,8 @@ __attribute__((noinline)) void combine_of(const float* const* weights, const typ
   Combine<T, kHow, Y, W>::run(weights, rows, levels, y, hidden, ahead);
 }
 
-// y [tokens, hidden] of the tokens of a tile that stands at its leaves; `hidden` are its activations [size, stride], in its order, which scales of
-// rows are multiplied into.
+// y [tokens, hidden] of the tokens of a tile that stands at its leaves; `hidden` are its activations [size, stride], in its order,
+// which scales of rows are multiplied into.
 template <Store kHow, class X, class Y, class W>
 void combine(Tile<X>& tile, const Tree<W>& tree, float* hidden, typename Y::type* y, Ahead& ahead) {
   const int stride = tile.stride;
