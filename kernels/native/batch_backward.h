@@ -41,19 +41,11 @@ struct BackwardMemory {
     grad_x = (float*)take(sums_apart(call) ? call->tokens * layer.hidden * 4 : 0);
   }
   static size_t bytes(const cmm_backward_call* call) {
-    size_t total = 0;
-    BackwardMemory memory;
-    memory.lay_out(call, [&](int64_t n) { return (void*)(total += (size_t)round_up(n, 64)); });
-    return total;
+    return bytes_of([&](auto take) { BackwardMemory().lay_out(call, take); });
   }
   static BackwardMemory of(const cmm_backward_call* call) {
-    char* at = (char*)call->scratch;
     BackwardMemory memory;
-    memory.lay_out(call, [&](int64_t n) {
-      void* here = at;
-      at += round_up(n, 64);
-      return here;
-    });
+    lay_from(call->scratch, [&](auto take) { memory.lay_out(call, take); });
     return memory;
   }
 };

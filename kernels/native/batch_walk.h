@@ -39,18 +39,11 @@ struct PassMemory {
     pieces = (Group*)take((buckets + tokens / kTile + 1) * sizeof(Group));
   }
   static size_t bytes(int64_t tokens, int levels) {
-    size_t total = 0;
-    PassMemory().lay_out(tokens, levels, [&](int64_t n) { return (void*)(total += (size_t)round_up(n, 64)); });
-    return total;
+    return bytes_of([&](auto take) { PassMemory().lay_out(tokens, levels, take); });
   }
   PassMemory() = default;
   PassMemory(void* memory, int64_t tokens, int levels) {
-    char* at = (char*)memory;
-    lay_out(tokens, levels, [&](int64_t n) {
-      void* here = at;
-      at += round_up(n, 64);
-      return here;
-    });
+    lay_from(memory, [&](auto take) { lay_out(tokens, levels, take); });
   }
 };
 

@@ -8,6 +8,27 @@ namespace CMM_ISA {
 
 CMM_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Working memory in parts that begin at 64 bytes: how many all take, and each laid from `memory` on.
+// lay_out(take) calls take(bytes) for each.
+template <class LayOut>
+size_t bytes_of(LayOut lay_out) {
+  int64_t total = 0;
+  lay_out([&](int64_t bytes) {
+    total += round_up(bytes, 64);
+    return (void*)nullptr;
+  });
+  return (size_t)total;
+}
+template <class LayOut>
+void lay_from(void* memory, LayOut lay_out) {
+  char* at = (char*)memory;
+  lay_out([&](int64_t bytes) {
+    void* here = at;
+    at += round_up(bytes, 64);
+    return here;
+  });
+}
+
 // x . w; `later` is a row as long as w that is wanted when the walk is over: its lines are asked for meanwhile, a few a step.
 template <class X, class W>
 CMM_INLINE float dot(const typename X::type* x, const typename W::type* w, int64_t hidden, const typename W::type* later) {
